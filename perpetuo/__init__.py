@@ -1,0 +1,27 @@
+"""PERPETUO: a self-hosted gateway for language models whose books are honest."""
+
+from __future__ import annotations
+
+from flask import Flask
+from flask_migrate import Migrate
+
+from perpetuo import config as settings_file
+from perpetuo import models  # noqa: F401 - the tables register themselves
+from perpetuo.config import Settings
+from perpetuo.db import db
+from perpetuo.gateway.walk import Gateway
+
+
+def create_app(config: Settings | None = None) -> Flask:
+    """The application, assembled. It opens no connection: gunicorn.conf.py runs the checks at start."""
+    settings = config or settings_file.load()
+    app = Flask(__name__)
+    app.extensions["perpetuo"] = Gateway(settings)
+    app.config.update(
+        SECRET_KEY=settings.secret_keys[0],
+        SECRET_KEY_FALLBACKS=list(settings.secret_keys[1:]),
+        SQLALCHEMY_DATABASE_URI=settings.database_url,
+    )
+    db.init_app(app)
+    Migrate(app, db, directory=str(settings_file.ROOT / "migrations"))
+    return app

@@ -107,7 +107,7 @@ class UpstreamError(GatewayError):
 
     status = 502
     type = "upstream_error"
-    code = "upstream_error"
+    code: str | None = "upstream_error"
 
     def __init__(self, message: str, *, upstream_status: int | None = None, **fields: Any) -> None:
         super().__init__(message, **fields)

@@ -5,10 +5,19 @@ from __future__ import annotations
 from flask import Flask
 from flask_migrate import Migrate
 
+from perpetuo import (
+    api_keys,  # noqa: F401 - its views belong to the blueprint of workspaces
+    auth,
+    logs,
+    models,  # noqa: F401 - the tables register themselves
+    provider_keys,  # noqa: F401 - like api_keys
+    web,
+    workspaces,
+)
 from perpetuo import config as settings_file
-from perpetuo import models  # noqa: F401 - the tables register themselves
 from perpetuo.config import Settings
 from perpetuo.db import db
+from perpetuo.gateway import routes
 from perpetuo.gateway.walk import Gateway
 
 
@@ -24,4 +33,7 @@ def create_app(config: Settings | None = None) -> Flask:
     )
     db.init_app(app)
     Migrate(app, db, directory=str(settings_file.ROOT / "migrations"))
+    web.init_app(app)
+    for blueprint in (routes.blueprint, auth.blueprint, workspaces.blueprint, logs.blueprint):
+        app.register_blueprint(blueprint)
     return app

@@ -51,6 +51,7 @@ class Settings:
     encryption_keys: EncryptionKeys
     host: str
     port: int
+    web_concurrency: int
     public_url: str
     signup: str
     upstream_allow_hosts: frozenset[str]
@@ -147,6 +148,7 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = None) -
         encryption_keys=encryption_keys,
         host=read.text("HOST", "0.0.0.0" if production else "127.0.0.1"),  # noqa: S104 - a server's own default
         port=port,
+        web_concurrency=read.number("WEB_CONCURRENCY", 2),
         public_url=_public_url(read, port, production),
         signup=read.choice("PERPETUO_SIGNUP", "first" if production else "open", ("open", "first", "closed")),
         upstream_allow_hosts=hosts,

@@ -1,0 +1,111 @@
+"""Who is calling: from the bearer key to the Caller, with at most one indexed read a second for each key."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from perpetuo import crypto
+from perpetuo.db import Database
+from perpetuo.errors import Unauthenticated
+from perpetuo.models import ApiKey, Workspace
+
+# A revoked key is refused within a second on every process. The clock starts before the read.
+FRESH_SECONDS = 0.8
+STALE_SECONDS = 0.95  # one request reads anew while the others go on with what is known
+KEPT = 10_000
+
+BEARER = re.compile(r"bearer +([!-~]+) *", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """An API key with its workspace, as the gateway needs them."""
+
+    workspace_id: str
+    api_key_id: str
+    api_key_name: str
+    models: tuple[str, ...] | None  # names or globs that the key may ask for; None for all
+    log_bodies: bool
+    config_version: int
+
+
+class Access:
+    """The keys in use, each kept in memory for less than a second."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._known: dict[str, tuple[float, float, Caller]] = {}  # by hash: fresh until, stale until
+
+    def authenticate(self, header: str | None) -> Caller:
+        """The caller named by an `Authorization` header.
+
+        Raises Unauthenticated (the same for unknown, expired and revoked keys) and Unavailable.
+        """
+        if not header:
+            raise _refused("Send your API key as `Authorization: Bearer pk_…`.")
+        match = BEARER.fullmatch(header)
+        if match is None or not crypto.is_api_key(match[1]):
+            raise _refused()
+        key_hash, moment = crypto.hash_api_key(match[1]), monotonic()
+        fresh_until, stale_until, caller = self._known.get(key_hash, (0.0, 0.0, None))
+        if caller is not None and moment < fresh_until:
+            return caller
+        if caller is not None and moment < stale_until:
+            self._known[key_hash] = (stale_until, stale_until, caller)
+        return self._read(key_hash, moment)
+
+    def _read(self, key_hash: str, moment: float) -> Caller:
+        row = self._database.read(lambda connection: _select(connection, key_hash))
+        expires_in = STALE_SECONDS
+        if row is not None and row.expires_at is not None:
+            expires_in = (row.expires_at - row.now).total_seconds()
+        if row is None or row.revoked_at is not None or expires_in <= 0:
+            self._known.pop(key_hash, None)
+            raise _refused()
+        caller = Caller(
+            workspace_id=row.workspace_id,
+            api_key_id=row.id,
+            api_key_name=row.name,
+            models=tuple(row.models) if row.models is not None else None,
+            log_bodies=row.log_bodies,
+            config_version=row.config_version,
+        )
+        if len(self._known) >= KEPT:
+            self._known.clear()
+        self._known[key_hash] = (
+            moment + min(FRESH_SECONDS, expires_in),
+            moment + min(STALE_SECONDS, expires_in),
+            caller,
+        )
+        return caller
+
+
+def _refused(message: str = "This API key is unknown, expired or revoked.") -> Unauthenticated:
+    return Unauthenticated(message, code="invalid_api_key")
+
+
+_BY_HASH = (
+    sa.select(
+        ApiKey.id,
+        ApiKey.workspace_id,
+        ApiKey.name,
+        ApiKey.models,
+        ApiKey.expires_at,
+        ApiKey.revoked_at,
+        Workspace.log_bodies,
+        Workspace.config_version,
+        sa.func.now(type_=ApiKey.expires_at.type).label("now"),
+    )
+    .join(Workspace, Workspace.id == ApiKey.workspace_id)
+    .where(ApiKey.hash == sa.bindparam("key_hash"))
+)
+
+
+def _select(connection: Connection, key_hash: str) -> Any:
+    return connection.execute(_BY_HASH, {"key_hash": key_hash}).one_or_none()

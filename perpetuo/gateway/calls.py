@@ -1,0 +1,223 @@
+"""The calls in flight: how many there may be, and the one way in which each can be ended from outside.
+
+The client left, a deadline passed, the server stops: all three fire the call. Under gevent that throws into
+the call's greenlet, but only while it waits for its upstream, never inside a commit. Elsewhere (tests,
+commands) the waits themselves keep the deadlines, and nothing watches the client.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from time import monotonic
+from types import TracebackType
+from typing import Any
+
+import gevent
+from gevent import get_hub
+from gevent.socket import wait_read
+
+from perpetuo.db import is_patched
+from perpetuo.errors import Unavailable
+
+FAIR_SECONDS = 0.001  # a stream that never waits lets others run after this long
+
+
+class Aborted(Exception):
+    """The call was ended from outside: `client_closed`, `draining`, or the name of a deadline."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Calls:
+    """All calls of one process."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.is_draining = False
+        self._live: set[Call] = set()
+        self._by_workspace: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def begin(self, workspace_id: str, total_seconds: float) -> Call:
+        """A call in flight, to be closed by whoever ends it. Raises Unavailable."""
+        if self.is_draining:
+            raise Unavailable("This server is shutting down; try again.", code="shutting_down")
+        with self._lock:
+            if len(self._live) >= self.most or self._by_workspace[workspace_id] * 2 >= max(self.most, 2):
+                raise Unavailable(
+                    "Too many requests are in flight; try again in a moment.", code="overloaded"
+                )
+            call = Call(self, workspace_id, total_seconds)
+            self._live.add(call)
+            self._by_workspace[workspace_id] += 1
+        return call
+
+    def end(self, call: Call) -> None:
+        with self._lock:
+            if call in self._live:
+                self._live.remove(call)
+                self._by_workspace[call.workspace_id] -= 1
+                if not self._by_workspace[call.workspace_id]:
+                    del self._by_workspace[call.workspace_id]
+
+    def drain_after(self, is_serving: Callable[[], bool], seconds: float) -> None:
+        """Once `is_serving` is false: takes no new calls, and ends those that last longer than `seconds`."""
+
+        def watch() -> None:
+            while is_serving():
+                if self._ended.wait(0.2):
+                    return
+            self.is_draining = True
+            if not self._ended.wait(seconds):
+                self.fire_all("draining")
+
+        threading.Thread(target=watch, name="drain", daemon=True).start()
+
+    def close(self) -> None:
+        self._ended.set()
+
+    def fire_all(self, reason: str) -> None:
+        """Ends every call, from any greenlet."""
+        for call in list(self._live):
+            call.fire_soon(reason)
+
+
+class Call:
+    """One call in flight. `with call:` stands around every wait for the upstream, and only there."""
+
+    def __init__(self, calls: Calls, workspace_id: str, total_seconds: float) -> None:
+        self.workspace_id = workspace_id
+        self.reason: str | None = None
+        self.total_until = monotonic() + total_seconds
+        self._until, self._name = self.total_until, "total"
+        self._calls = calls
+        self._inside = False
+        self._fair_until = monotonic() + FAIR_SECONDS
+        self._greenlet: Any = None
+        self._io: Any = None
+        self._timer: Any = None
+        if is_patched():
+            self._greenlet = gevent.getcurrent()
+            self._timer = get_hub().loop.timer(max(total_seconds, 0.001))
+            self._timer.start(self._on_time)
+
+    def __enter__(self) -> Call:
+        if self.reason is not None:
+            raise Aborted(self.reason)
+        self._inside = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside = False
+
+    def allow(self, seconds: float, name: str) -> None:
+        """From now on the call is fired as `name` after `seconds`, or as `total` where that comes first."""
+        until = monotonic() + seconds
+        if until >= self.total_until:
+            until, name = self.total_until, "total"
+        is_sooner = until < self._until
+        self._until, self._name = until, name
+        if is_sooner and self._timer is not None:  # a later deadline is met when the timer fires too soon
+            self._arm()
+
+    def remaining(self) -> float:
+        """Seconds until the nearest deadline, at least a millisecond."""
+        return max(self._until - monotonic(), 0.001)
+
+    def wait_readable(self, connection: socket.socket, seconds: float) -> bool:
+        """Whether there is something to read within `seconds`. Raises Aborted."""
+        limit = min(seconds, self.remaining())
+        with self:
+            if self._greenlet is not None:
+                is_ready = _wait_gevent(connection.fileno(), limit)
+            else:
+                poll = select.poll()
+                poll.register(connection, select.POLLIN)
+                is_ready = bool(poll.poll(limit * 1000))
+        if not is_ready and monotonic() >= self._until:
+            raise Aborted(self._name)
+        return is_ready
+
+    def breathe(self) -> None:
+        """Lets others run where this call has not waited for a while: gevent does not switch by itself."""
+        if self._greenlet is not None and monotonic() > self._fair_until:
+            gevent.sleep(0)
+            self._fair_until = monotonic() + FAIR_SECONDS
+
+    def fire(self, reason: str) -> None:
+        """Ends the call. Only from the hub, or without gevent."""
+        self.reason = self.reason or reason
+        if self._inside and self._greenlet is not None:
+            self._greenlet.throw(Aborted(reason))
+
+    def fire_soon(self, reason: str) -> None:
+        """The same from any greenlet."""
+        if self._greenlet is not None:
+            get_hub().loop.run_callback(self.fire, reason)
+        else:
+            self.fire(reason)
+
+    def close(self) -> None:
+        """The call is over. May be called twice."""
+        for watcher in (self._io, self._timer):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        self._io = self._timer = None
+        self._calls.end(self)
+
+    def watch(self, client: socket.socket | None) -> None:
+        """From now on the client's leaving ends the call. Only once its body is read: bytes hide an end."""
+        raw = getattr(client, "_sock", None)  # gevent's name for the socket that does not switch
+        if client is not None and raw is not None and self._greenlet is not None:
+            self._client = raw
+            self._io = get_hub().loop.io(client.fileno(), 1)
+            self._io.start(self._on_readable)
+
+    def _on_readable(self) -> None:
+        """In the hub: the client's socket has bytes, or its end. Must not block."""
+        try:
+            is_gone = self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return
+        except OSError:
+            is_gone = True
+        if self._io is not None:
+            self._io.stop()  # bytes: a pipelined request, which would wake us for ever
+        if is_gone:
+            self.fire("client_closed")
+
+    def _on_time(self) -> None:
+        """In the hub: the timer rang. Deadlines move with every event, so it may have rung too soon."""
+        if self._timer is None:
+            return
+        if monotonic() >= self._until:
+            self.fire(self._name)
+        else:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._timer.stop()
+        self._timer.close()
+        self._timer = get_hub().loop.timer(self.remaining())
+        self._timer.start(self._on_time)
+
+
+def _wait_gevent(handle: int, seconds: float) -> bool:
+    try:
+        wait_read(handle, timeout=seconds)
+    except TimeoutError:
+        return False
+    return True

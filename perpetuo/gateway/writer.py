@@ -1,0 +1,231 @@
+"""The shared commit: one thread per process that writes all rows that wait, in one transaction.
+
+Requests hand over their rows and wait each for its own. Nobody is told "done" before the commit, and a
+lone request does not wait for company. Under gevent the thread is a greenlet outside the server's pool, so
+that no killed request can take the commit with it. What a commit does, the ledger says.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from time import monotonic, sleep
+from typing import Any
+
+from perpetuo.errors import GatewayError, Unavailable
+
+log = logging.getLogger(__name__)
+
+BATCH = 200  # rows a transaction; SQLite takes 32,766 parameters a statement
+LAZY_SECONDS = 0.05  # how long a row that nobody waits for may stay in memory
+RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5)  # while the database is away
+
+Values = dict[str, Any]
+
+
+class Row:
+    """One log row on its way to the database: how it was opened and, once known, how it ended."""
+
+    __slots__ = (
+        "opening",
+        "outcome",
+        "is_open",
+        "is_settled",
+        "is_uncertain",
+        "is_taken",
+        "due",
+        "failure",
+        "_done",
+    )
+
+    def __init__(self, opening: Values, outcome: Values | None = None) -> None:
+        self.opening = opening
+        self.outcome = outcome
+        self.is_open = False  # committed as open
+        self.is_settled = False  # committed in its final state
+        self.is_uncertain = False  # a commit with this row failed midway: it may be there
+        self.is_taken = False
+        self.due = 0.0
+        self.failure: GatewayError | None = None
+        self._done: threading.Event | None = None
+
+    @property
+    def id(self) -> str:
+        row_id: str = self.opening["id"]
+        return row_id
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether its outcome is known, be it committed or not."""
+        return self.outcome is not None
+
+    def expect(self) -> threading.Event:
+        """An event that is set once what stands in the row now is committed, or has failed for good."""
+        self._done = threading.Event()
+        return self._done
+
+    def wake(self) -> None:
+        if self._done is not None:
+            self._done.set()
+
+
+class Snapshot:
+    """A row as it stands when its batch is made: requests go on changing theirs meanwhile."""
+
+    __slots__ = ("row", "values", "is_final", "may_exist", "is_sweep")
+
+    def __init__(self, row: Row, *, is_sweep: bool = False) -> None:
+        outcome = row.outcome
+        self.row = row
+        self.is_sweep = is_sweep  # written for an owner that is gone
+        self.values = row.opening if outcome is None else {**row.opening, **outcome}
+        self.is_final = outcome is not None
+        self.may_exist = row.is_open or row.is_uncertain
+
+
+class Writer:
+    """`commit(snapshots)` writes a batch in one transaction, or raises Unavailable."""
+
+    def __init__(self, commit: Callable[[list[Snapshot]], None], after: Callable[[], None]) -> None:
+        self._commit = commit
+        self._after = after  # runs behind each commit, when those who waited for it are served
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._urgent: list[Row] = []
+        self._lazy: list[Row] = []
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self.failure: Unavailable | None = None  # why the last commit failed, None while all is well
+
+    def start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+                self._thread.start()
+
+    def put(self, row: Row) -> None:
+        """With the next commit."""
+        with self._lock:
+            self._urgent.append(row)
+        self._wake.set()
+
+    def put_lazily(self, row: Row, seconds: float = LAZY_SECONDS) -> None:
+        """With a commit within `seconds`, unless the row is put urgently before."""
+        row.due = monotonic() + seconds
+        with self._lock:
+            self._lazy.append(row)
+            is_first = len(self._lazy) == 1
+        if is_first:
+            self._wake.set()
+
+    def count(self, row: Row) -> bool:
+        """Counts one more call into a row that still waits; False where it is already on its way."""
+        with self._lock:
+            if not row.is_taken:
+                row.opening["count"] += 1
+            return not row.is_taken
+
+    def close(self) -> None:
+        """Commits what waits, for a moment, and ends the thread."""
+        self._closing = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(10)
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(self._seconds_until_due())
+            self._wake.clear()
+            while rows := self._take():
+                self._write(rows)
+            if self._closing and not (self._urgent or self._lazy):
+                return
+
+    def _seconds_until_due(self) -> float | None:
+        with self._lock:
+            return max(0.0, min(row.due for row in self._lazy) - monotonic()) if self._lazy else None
+
+    def _take(self) -> list[Row]:
+        """The rows to write now: those somebody waits for, and the lazy ones whose time has come."""
+        with self._lock:
+            urgent, self._urgent = self._urgent[:BATCH], self._urgent[BATCH:]
+            moment = monotonic()
+            lazy: list[Row] = []
+            due: list[Row] = []
+            for row in self._lazy:
+                if row.is_taken:
+                    continue
+                (due if row.due <= moment or self._closing else lazy).append(row)
+            self._lazy = lazy + due[BATCH - len(urgent) :]
+            rows = list(dict.fromkeys(urgent + due[: BATCH - len(urgent)]))
+            for row in rows:
+                row.is_taken = True
+            return rows
+
+    def _write(self, rows: list[Row]) -> None:
+        for attempt in itertools.count():
+            snapshots = [Snapshot(row) for row in rows if not _is_done(row)]
+            try:
+                if snapshots:
+                    self._commit(snapshots)
+            except Unavailable as exc:
+                self.failure = exc
+                for snapshot in snapshots:
+                    snapshot.row.is_uncertain = True
+                if self._closing:
+                    log.error("%d log rows could not be committed before the end", len(snapshots))
+                    return
+                sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+                continue
+            except Exception:
+                log.exception("a batch of %d log rows failed; writing them one by one", len(snapshots))
+                for snapshot in snapshots:
+                    self._write_alone(snapshot.row)
+                snapshots = []
+            self.failure = None
+            for snapshot in snapshots:
+                _finish(snapshot)
+            for row in rows:
+                row.wake()
+            self._after()
+            return
+
+    def _write_alone(self, row: Row) -> None:
+        """One poison row must not take others with it: it is stored without what a database may refuse."""
+        row.is_uncertain = True
+        for bare in (False, True):
+            snapshot = Snapshot(row)
+            if bare:
+                snapshot.values = {**snapshot.values, **_without_texts(snapshot.values)}
+            try:
+                self._commit([snapshot])
+            except Exception as exc:
+                log.exception("the log row %s failed%s", row.id, " even without its texts" if bare else "")
+                unlogged = Unavailable("The call could not be logged.")
+                row.failure = exc if isinstance(exc, GatewayError) else unlogged
+            else:
+                row.failure = None
+                _finish(snapshot)
+                return
+
+
+def _is_done(row: Row) -> bool:
+    return row.is_settled or (row.is_open and row.outcome is None)
+
+
+def _finish(snapshot: Snapshot) -> None:
+    row = snapshot.row
+    row.is_uncertain = False
+    if snapshot.is_final:
+        row.is_settled = True
+        row.opening, row.outcome = {"id": row.id}, {}  # a stream's greenlet may keep the row for long
+    else:
+        row.is_open = True
+
+
+def _without_texts(values: Values) -> Values:
+    texts = ("preview_prompt", "preview_answer", "error_message", "end_user", "attempts", "checks")
+    return {name: None for name in (*texts, "request_body", "response_body") if name in values}

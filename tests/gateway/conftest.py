@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import sqlalchemy as sa
+
+from perpetuo.models import RequestLog, UsageCounter
+from tests.tenants import Tenant, new_tenant
+
+CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Say hello"}]}
+
+
+@pytest.fixture
+def tenant(gateway, upstream) -> Tenant:
+    """A workspace whose one provider key leads to the fake upstream."""
+    tenant = new_tenant(gateway)
+    tenant.add_provider_key(upstream.base_url)
+    return tenant
+
+
+@pytest.fixture
+def ask(client, tenant):
+    """Posts a chat completion; keyword arguments change its body."""
+
+    def ask(path="/v1/chat/completions", headers=None, **fields):
+        return client.post(path, json={**CHAT, **fields}, headers={**tenant.headers, **(headers or {})})
+
+    return ask
+
+
+@pytest.fixture
+def logs(gateway):
+    """Settles what waits, then reads all rows."""
+
+    def logs():
+        gateway.ledger.writer.close()
+        gateway.ledger.writer.__init__(gateway.ledger.writer._commit, gateway.ledger.touches.flush)
+        gateway.ledger.writer.start()
+        table = RequestLog.__table__
+        return gateway.database.read(
+            lambda c: c.execute(sa.select(table).order_by(table.c.id)).mappings().all()
+        )
+
+    return logs
+
+
+@pytest.fixture
+def counters(gateway):
+    return lambda: gateway.database.read(
+        lambda c: c.execute(sa.select(UsageCounter.__table__)).mappings().all()
+    )

@@ -1,5 +1,9 @@
 """What gunicorn and the flask command load."""
 
-from perpetuo import create_app
+from perpetuo import cli, create_app
+from perpetuo.config import SettingsError
 
-app = create_app()
+try:
+    app = create_app()
+except SettingsError as error:
+    app = cli.app_without_settings(error)

@@ -128,6 +128,20 @@ class Database:
             with self.reader.connect() as connection:
                 return work(connection)
 
+    def snapshot(self, work: Callable[[Connection], T], seconds: float) -> T:
+        """`work(connection)` on one unchanging picture of the database. Raises Unavailable."""
+        with _deadline(seconds), _translated(), self.reader.connect() as connection:
+            if self.is_sqlite:
+                connection.exec_driver_sql("begin")  # its pictures are snapshots anyway
+                try:
+                    return work(connection)
+                finally:
+                    connection.exec_driver_sql("rollback")
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
+            with connection.begin():
+                connection.exec_driver_sql(f"set local statement_timeout = {int(seconds * 1000)}")
+                return work(connection)
+
     def transaction(self, work: Callable[[Connection], T], seconds: float = WRITE_SECONDS) -> T:
         """`work(connection)` in one transaction, committed when this returns.
 

@@ -49,7 +49,10 @@ def migrate(database_url: str, folder: Path) -> None:
 
 @pytest.fixture(params=BACKENDS)
 def database_url(
-    request: pytest.FixtureRequest, templates: dict[str, str], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    templates: dict[str, str],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[str]:
     """A fresh, migrated database."""
     if request.param == "sqlite":

@@ -84,7 +84,7 @@ def _refusal(status: int, message: str, words: Words) -> UpstreamError:
         upstream_status=status,
     )
     # Not by the constructor, which takes None for its default.
-    error.code = words.code  # type: ignore[assignment]
+    error.code = words.code
     return error
 
 

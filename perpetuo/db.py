@@ -326,9 +326,8 @@ class ProcessLock:
     def hold(self) -> None:
         """Takes the lock, or takes it again after a lost connection. Raises Unavailable."""
         if self._database.is_sqlite:
-            if self._handle is None:
-                self._handle = os.open(self._path(self.owner), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            while self._handle is None:
+                self._handle = self._lock_file()
             return
         with _deadline(READ_SECONDS), _translated():
             try:
@@ -360,6 +359,19 @@ class ProcessLock:
             with suppress(DBAPIError):
                 self._connection.close()
             self._connection = None
+
+    def _lock_file(self) -> int | None:
+        """A descriptor of our locked file; None where another process took it for a dead one's meanwhile."""
+        path = self._path(self.owner)
+        for old in path.parent.glob(f"{self._database.path.name}.process-*"):  # type: ignore[union-attr]
+            self._is_locked(old)  # and if not, it goes
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.fstat(handle).st_ino == path.stat().st_ino:
+                return handle
+        os.close(handle)
+        return None
 
     def _path(self, owner: int) -> Path:
         return Path(f"{self._database.path}.process-{owner}")

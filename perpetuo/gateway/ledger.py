@@ -50,13 +50,17 @@ class Ledger:
 
     def start(self) -> None:
         """Takes the lock that says this process lives, before any row names it. Raises Unavailable."""
-        with self._starting:
+        if not self._starting.acquire(timeout=ADMISSION_SECONDS):
+            raise Unavailable("The database is slow; try again.")
+        try:
             if self._lock is None:
                 owner = secrets.randbits(62)
                 lock = ProcessLock(self.database, owner)
                 lock.hold()
                 self.owner, self._lock = owner, lock
                 self.writer.start()
+        finally:
+            self._starting.release()
 
     def keep_lock(self) -> None:
         """Takes the lock again where its connection was lost. Raises Unavailable."""
@@ -94,7 +98,7 @@ class Ledger:
     def ensure_open(self, row: Row) -> None:
         """Returns once the row is committed: before the first byte of a stream. Raises Unavailable."""
         if not row.is_open and not self._wait(row, SETTLE_SECONDS, lambda: row.is_open):
-            raise row.failure or Unavailable("The database cannot be reached; the call was not logged.")
+            raise self._unlogged(row)
 
     def settle(self, row: Row, outcome: Values, *, waits: bool = True) -> None:
         """Writes how the call ended; returns once that is committed, before the answer ends.
@@ -108,7 +112,12 @@ class Ledger:
         if not waits:
             self.writer.put(row)
         elif not self._wait(row, SETTLE_SECONDS, lambda: row.is_settled) and (row.failure or not row.is_open):
-            raise row.failure or Unavailable("The database cannot be reached; the call was not logged.")
+            raise self._unlogged(row)
+
+    def _unlogged(self, row: Row) -> GatewayError:
+        """Why this row could not be written: its own fault, or the database's (which may be full)."""
+        unlogged = "The database cannot be reached; the call was not logged."
+        return row.failure or self.writer.failure or Unavailable(unlogged)
 
     def refuse(self, caller: Caller, error: GatewayError, values: Values) -> str | None:
         """Logs a call that the gateway refuses; returns its row's id, None for one counted into another's.

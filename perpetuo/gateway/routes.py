@@ -26,19 +26,19 @@ EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
-@blueprint.post("/v1/chat/completions", strict_slashes=False)
+@blueprint.post("/v1/chat/completions", strict_slashes=False, provide_automatic_options=False)
 def chat_completions() -> Response:
     """A chat completion, whole or streamed."""
     return _serve("chat.completions")
 
 
-@blueprint.post("/v1/embeddings", strict_slashes=False)
+@blueprint.post("/v1/embeddings", strict_slashes=False, provide_automatic_options=False)
 def embeddings() -> Response:
     """Embeddings of texts."""
     return _serve("embeddings")
 
 
-@blueprint.get("/v1/models", strict_slashes=False)
+@blueprint.get("/v1/models", strict_slashes=False, provide_automatic_options=False)
 def models() -> Response:
     """The models that this key may use."""
     try:
@@ -50,7 +50,7 @@ def models() -> Response:
     return _json({"object": "list", "data": offers})
 
 
-@blueprint.get("/v1/models/<path:model>", strict_slashes=False)
+@blueprint.get("/v1/models/<path:model>", strict_slashes=False, provide_automatic_options=False)
 def model(model: str) -> Response:
     """One model that this key may use; its id may hold slashes."""
     try:
@@ -100,14 +100,14 @@ def _read_body() -> bytes:
     Not through Flask, which cuts a chunked body at its limit in silence.
     """
     most = _gateway().settings.max_body_bytes
-    encoding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        message = "Send the body without Content-Encoding; compressed bodies are not read."
-        raise InvalidRequest(message, status=415, code="unsupported_encoding")
     declared = request.environ.get("CONTENT_LENGTH")
     too_large = InvalidRequest(f"The body is above {most} bytes.", status=413, code="request_too_large")
     if declared and int(declared) > most:
         raise too_large
+    encoding = request.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = "Send the body without Content-Encoding; compressed bodies are not read."
+        raise InvalidRequest(message, status=415, code="unsupported_encoding")
     is_chunked = "chunked" in request.environ.get("HTTP_TRANSFER_ENCODING", "").lower()
     size = int(declared) if declared else most + 1 if is_chunked else 0
     body: bytes = request.environ["wsgi.input"].read(size) if size else b""
@@ -147,6 +147,7 @@ def _finish(response: Response, request_id: str | None, headers: Mapping[str, st
 
 def _preflight(allowed: str) -> Response:
     response = Response(status=204)
+    del response.headers["content-type"]  # it would be text/html, of no body
     if request.headers.get("Origin") in _gateway().settings.cors_origins:
         response.headers["access-control-allow-methods"] = f"{allowed}, OPTIONS"
         asked = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")

@@ -144,11 +144,14 @@ class Upstream:
         try:
             return self._ring.open(key.sealed, "provider_key", key.workspace_id, key.id, key.base_url)
         except Unreadable as exc:
-            raise Unavailable(
+            unavailable = Unavailable(
                 "The provider key of this model cannot be opened; its owner must enter it again.",
                 code="provider_key_unreadable",
                 retry_after=60,
-            ) from exc
+            )
+            # Clients would sleep that minute, twice, for a fault that only a person can mend.
+            unavailable.headers["x-should-retry"] = "false"
+            raise unavailable from exc
 
     @contextmanager
     def _exchange(
@@ -156,9 +159,8 @@ class Upstream:
     ) -> Iterator[Exchange]:
         """One attempt, sent; whatever happens, it is told in `attempts` and its connection is dealt with."""
         built = _adapter(target).build_request(request, target.key.base_url, secret)
-        attempt = Attempt(target)
-        attempts.append(attempt)
-        exchange = Exchange(call, self._pool, self._settings, built, attempt)
+        attempts.append(Attempt(target))
+        exchange = Exchange(call, self._pool, self._settings, built, attempts)
         try:
             with _translated():
                 try:
@@ -169,16 +171,17 @@ class Upstream:
                         raise
                     raise UpstreamError(TIMED_OUT[exc.reason], status=504, code="upstream_timeout") from exc
         except UpstreamError as exc:
-            attempt.error = exc
+            attempts[-1].error = exc
             raise
         finally:
-            attempt.ended = monotonic()
+            attempts[-1].ended = monotonic()
             exchange.close()
 
     def _refuse_errors(self, exchange: Exchange, adapter: Provider, secret: str) -> None:
         status = exchange.status or 0
         if not 200 <= status < 300:
             body = exchange.read_all(MAX_ERROR_BYTES, is_cut=True)
+            exchange.finish()
             raise adapter.read_error(status, exchange.headers, body, secret)
 
 
@@ -250,11 +253,11 @@ class Exchange:
         pool: Pool,
         settings: Settings,
         request: UpstreamRequest,
-        attempt: Attempt | None = None,
+        attempts: list[Attempt] | None = None,
     ) -> None:
         self.status: int | None = None
         self.headers: dict[str, str] = {}
-        self._attempt = attempt
+        self._attempts = attempts  # the last of them is this one
         self._call = call
         self._pool = pool
         self._settings = settings
@@ -306,8 +309,9 @@ class Exchange:
             return self.await_head(seconds)
         self.status = self._response.status
         self.headers = {name.lower(): value for name, value in self._response.headers.items()}
-        if self._attempt is not None:
-            self._attempt.http_status, self._attempt.headers = self.status, self._client_headers()
+        if self._attempts:
+            self._attempts[-1].http_status = self.status
+            self._attempts[-1].headers = self._client_headers()
         return True
 
     def wait(self, seconds: float) -> bool:
@@ -315,8 +319,9 @@ class Exchange:
         assert self._response is not None
         original = self._response._original_response
         buffered = getattr(original, "fp", None)
-        if buffered is None or self.headers.get("content-encoding", "identity") != "identity":
-            return True  # at its end, or decoded by chunks that no socket announces
+        is_at_end = buffered is None or self._response.length_remaining == 0
+        if is_at_end or self.headers.get("content-encoding", "identity") != "identity":
+            return True  # no socket announces the end of a length, nor what the decoder still holds
         connection = self._connection.sock or buffered.raw._sock
         connection.settimeout(0.0)
         try:
@@ -373,20 +378,33 @@ class Exchange:
             self._connection = None
 
     def _client_headers(self) -> dict[str, str]:
-        """The upstream's headers that the client gets."""
-        passed = {
-            name: value
-            for name, value in self.headers.items()
-            if (name in PASSED or name.startswith("x-ratelimit-")) and _is_plain(value)
-        }
+        """The upstream's headers that the client gets; none that gives our own authorization back."""
+        secret = self._request.headers.get("authorization", "").removeprefix("Bearer ")
+        passed = {name: value for name, value in self.headers.items() if _is_passed(name)}
         upstream_id = self.headers.get("x-request-id")
-        if upstream_id and _is_plain(upstream_id):
+        if upstream_id:
             passed["x-upstream-request-id"] = upstream_id
-        return passed
+        return {
+            name: value
+            for name, value in passed.items()
+            if _is_plain(value) and not (secret and secret in value)
+        }
 
     def _send_again(self) -> None:
+        """The upstream may have worked for the request that was lost, so it stays an attempt of its own."""
         self._connection.close()
+        if self._attempts:
+            lost = self._attempts[-1]
+            lost.ended = monotonic()
+            lost.error = UpstreamError(
+                "The upstream had closed this idle connection; the request was sent again."
+            )
+            self._attempts.append(Attempt(lost.target))
         self.send(fresh=True)
+
+
+def _is_passed(name: str) -> bool:
+    return name in PASSED or name.startswith("x-ratelimit-")
 
 
 def _is_plain(value: str) -> bool:

@@ -80,6 +80,27 @@ def test_a_stream_ends_with_done_and_is_logged(ask, upstream, logs):
     assert joined["choices"][0]["message"]["content"] == "Hello world"
 
 
+def test_the_row_is_there_before_the_first_byte_and_settled_before_done(ask, gateway):
+    response = ask(stream=True)
+    seen = {}
+    for piece in response.iter_encoded():
+        for event in piece.split(b"\n\n"):
+            seen.setdefault(event[:12], statuses(gateway))
+    assert seen.pop(b"data: [DONE]") == ["ok"]
+    assert seen[b'data: {"id":'] == ["open"]
+
+
+def test_the_row_of_a_plain_answer_is_settled_before_it_goes_out(ask, gateway):
+    ask()
+    assert statuses(gateway) == ["ok"]
+
+
+def statuses(gateway):
+    return gateway.database.read(
+        lambda connection: connection.exec_driver_sql("select status from request_logs").scalars().all()
+    )
+
+
 def test_usage_is_asked_for_but_shown_only_on_request(ask, upstream):
     hidden = [json.loads(event) for event in events(ask(stream=True))[:-1]]
     shown = [json.loads(e) for e in events(ask(stream=True, stream_options={"include_usage": True}))[:-1]]

@@ -7,38 +7,30 @@ fsync nor another process's lock ever stops the event loop. `db` (Flask-SQLAlche
 
 from __future__ import annotations
 
-import fcntl
-import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from time import monotonic
 from typing import Any, TypeVar
 
 import orjson
-import psycopg2
-import psycopg2.extensions
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from gevent.monkey import is_module_patched
-from gevent.socket import wait_read, wait_write
-from gevent.threadpool import ThreadPool
-from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session
 
+from perpetuo.engines import deadline, is_late, postgresql_engine, sqlite_engine
 from perpetuo.errors import Unavailable
+from perpetuo.native import Native, locked_file
 
 T = TypeVar("T")
 
 READ_SECONDS = 1.0  # a request that waits longer for the database is answered 503
 WRITE_SECONDS = 5.0
-STATEMENT_TIMEOUT_MS = 10_000  # the server's own bound, for a process that cannot keep its own
 MIGRATION_LOCK = 0x7065727065747565  # "perpetue": any constant, the same for all
 
 
@@ -106,7 +98,7 @@ class Database:
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self.path = Path(url.database or "") if self.is_sqlite else None
-        make = _sqlite_engine if self.is_sqlite else _postgresql_engine
+        make = sqlite_engine if self.is_sqlite else postgresql_engine
         self.reader = make(url, read_only=True)
         self.writer = make(url, read_only=False)
         self.native = Native()
@@ -118,19 +110,19 @@ class Database:
 
         Raises Unavailable.
         """
-        with _deadline(seconds), _translated():
+        with deadline(seconds), translated():
             try:
                 with self.reader.connect() as connection:
                     return work(connection)
             except DBAPIError as exc:
-                if not exc.connection_invalidated or _is_late():
+                if not exc.connection_invalidated or is_late():
                     raise
             with self.reader.connect() as connection:
                 return work(connection)
 
     def snapshot(self, work: Callable[[Connection], T], seconds: float) -> T:
         """`work(connection)` on one unchanging picture of the database. Raises Unavailable."""
-        with _deadline(seconds), _translated(), self.reader.connect() as connection:
+        with deadline(seconds), translated(), self.reader.connect() as connection:
             if self.is_sqlite:
                 connection.exec_driver_sql("begin")  # its pictures are snapshots anyway
                 try:
@@ -150,11 +142,11 @@ class Database:
         """
         if self.is_sqlite:
             return self.native.writing(self._sqlite_transaction, work)
-        with _deadline(seconds), _translated():
+        with deadline(seconds), translated():
             try:
                 return self._postgresql_transaction(work)
             except DBAPIError as exc:
-                if not exc.connection_invalidated or _is_late():
+                if not exc.connection_invalidated or is_late():
                     raise
             return self._postgresql_transaction(work)
 
@@ -184,7 +176,7 @@ class Database:
     def _sqlite_transaction(self, work: Callable[[Connection], T]) -> T:
         """In the writer's native thread. The file lock queues processes fairly, SQLite's does not."""
         assert self.path is not None
-        with self._mutex, _translated(), locked_file(Path(f"{self.path}.writer")):
+        with self._mutex, translated(), locked_file(Path(f"{self.path}.writer")):
             if self._held is None or self._held.closed:
                 self._held = self.writer.connect()
             with self._held.begin():
@@ -252,233 +244,8 @@ class Database:
         self.native.close()
 
 
-class Native:
-    """Native threads for what would stop the event loop: SQLite's commits and slow hashes.
-
-    Under gevent one thread each; elsewhere the call runs where it is.
-    """
-
-    def __init__(self) -> None:
-        self._pools: dict[str, ThreadPool] = {}
-        self._pid = os.getpid()
-
-    def writing(self, call: Callable[..., T], *args: Any) -> T:
-        return self._run("writing", call, args)
-
-    def slow(self, call: Callable[..., T], *args: Any) -> T:
-        return self._run("slow", call, args)
-
-    def _run(self, name: str, call: Callable[..., T], args: tuple[Any, ...]) -> T:
-        if not is_patched():
-            return call(*args)
-        if self._pid != os.getpid():  # pools do not survive a fork
-            self._pools, self._pid = {}, os.getpid()
-        if name not in self._pools:
-            self._pools[name] = ThreadPool(1)
-        result, error = self._pools[name].apply(_caught, (call, args))
-        if error is not None:
-            raise error
-        return result
-
-    def close(self) -> None:
-        for pool in self._pools.values():
-            pool.kill()
-        self._pools = {}
-
-
-def _caught(call: Callable[..., T], args: tuple[Any, ...]) -> tuple[T | None, BaseException | None]:
-    """gevent prints every exception of its thread pool to stderr, so it travels as a value."""
-    try:
-        return call(*args), None
-    except BaseException as exc:  # noqa: BLE001
-        return None, exc
-
-
-def is_patched() -> bool:
-    """Whether this process runs on gevent."""
-    return is_module_patched("socket")
-
-
 @contextmanager
-def locked_file(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on a file; it ends with the process, whatever kills it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-class ProcessLock:
-    """Says which processes live: each holds a lock named by its random number, and its death releases it.
-
-    PostgreSQL: a session's advisory lock on a connection of its own. SQLite: a locked file beside the
-    database. Both are read without being taken.
-    """
-
-    def __init__(self, database: Database, owner: int) -> None:
-        self.owner = owner
-        self._database = database
-        self._connection: Any = None
-        self._handle: int | None = None
-
-    def hold(self) -> None:
-        """Takes the lock, or takes it again after a lost connection. Raises Unavailable."""
-        if self._database.is_sqlite:
-            while self._handle is None:
-                self._handle = self._lock_file()
-            return
-        with _deadline(READ_SECONDS), _translated():
-            try:
-                if self._connection is not None:
-                    self._connection.exec_driver_sql("select 1")
-                    return
-            except DBAPIError:
-                self.release()
-            self._connection = self._database.writer.execution_options(isolation_level="AUTOCOMMIT").connect()
-            self._connection.detach()  # lives and dies with this process, outside the pool
-            # A fresh session may find its predecessor still dying: the lock is shared with nobody else.
-            self._connection.exec_driver_sql(f"select pg_advisory_lock_shared({self.owner})")
-
-    def living(self, owners: Iterable[int]) -> set[int]:
-        """Those of `owners` whose processes live."""
-        owners = set(owners)
-        if self._database.is_sqlite:
-            return {owner for owner in owners if self._is_locked(self._path(owner))}
-        held = self._database.read(lambda connection: connection.exec_driver_sql(LIVING).scalars().all())
-        return owners & set(held)
-
-    def release(self) -> None:
-        if self._handle is not None:
-            with suppress(FileNotFoundError):
-                self._path(self.owner).unlink()
-            os.close(self._handle)
-            self._handle = None
-        if self._connection is not None:
-            with suppress(DBAPIError):
-                self._connection.close()
-            self._connection = None
-
-    def _lock_file(self) -> int | None:
-        """A descriptor of our locked file; None where another process took it for a dead one's meanwhile."""
-        path = self._path(self.owner)
-        for old in path.parent.glob(f"{self._database.path.name}.process-*"):  # type: ignore[union-attr]
-            self._is_locked(old)  # and if not, it goes
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.fstat(handle).st_ino == path.stat().st_ino:
-                return handle
-        os.close(handle)
-        return None
-
-    def _path(self, owner: int) -> Path:
-        return Path(f"{self._database.path}.process-{owner}")
-
-    def _is_locked(self, path: Path) -> bool:
-        try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        else:
-            path.unlink(missing_ok=True)
-            return False
-        finally:
-            os.close(handle)
-
-
-LIVING = """
-select (classid::bigint << 32) | objid::bigint from pg_locks
-where locktype = 'advisory' and objsubid = 1 and granted
-  and database = (select oid from pg_database where datname = current_database())
-"""
-
-
-def _sqlite_engine(url: URL, *, read_only: bool) -> Engine:
-    pool = (
-        {"pool_size": 5, "max_overflow": 10, "pool_timeout": READ_SECONDS}
-        if read_only
-        else {"poolclass": sa.NullPool}
-    )
-    engine = sa.create_engine(url, connect_args={"check_same_thread": False}, **pool)
-
-    @event.listens_for(engine, "connect")
-    def set_up(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None  # we begin by hand: sqlite3's own BEGIN is deferred
-        # FULL: the row is the ledger, and WAL with NORMAL may lose the last commits on power loss.
-        for pragma in ("busy_timeout=5000", "journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            connection.execute(f"pragma {pragma}")
-        if read_only:
-            connection.execute("pragma query_only=ON")
-
-    if not read_only:
-
-        @event.listens_for(engine, "begin")
-        def begin(connection: Connection) -> None:
-            # A deferred transaction that turns from reading to writing fails at once, whatever the timeout.
-            connection.exec_driver_sql("begin immediate")
-
-    return engine
-
-
-def _postgresql_engine(url: URL, *, read_only: bool) -> Engine:
-    if is_patched():
-        psycopg2.extensions.set_wait_callback(_wait)
-    options = [f"statement_timeout={STATEMENT_TIMEOUT_MS}", "timezone=UTC", "tcp_user_timeout=20000"]
-    options += ["tcp_keepalives_idle=10", "tcp_keepalives_interval=5", "tcp_keepalives_count=3"]
-    options += ["default_transaction_read_only=on"] if read_only else []
-    engine = sa.create_engine(
-        url,
-        pool_size=5,
-        max_overflow=10,
-        pool_timeout=READ_SECONDS,
-        connect_args={
-            "connect_timeout": 2,
-            "application_name": "perpetuo",
-            "options": " ".join(f"-c {option}" for option in options),
-        },
-    )
-    return engine.execution_options(isolation_level="AUTOCOMMIT") if read_only else engine
-
-
-_clock = threading.local()  # greenlet-local under gevent
-
-
-@contextmanager
-def _deadline(seconds: float) -> Iterator[None]:
-    outer = getattr(_clock, "until", None)
-    _clock.until = monotonic() + seconds
-    try:
-        yield
-    finally:
-        _clock.until = outer
-
-
-def _is_late() -> bool:
-    return monotonic() >= _clock.until
-
-
-def _wait(connection: Any) -> None:
-    """psycopg2's wait callback under gevent: others run meanwhile, and no wait outlasts its deadline.
-
-    libpq's own connect_timeout is ignored once a callback is set, so the deadline covers connecting too.
-    """
-    until = getattr(_clock, "until", None) or monotonic() + STATEMENT_TIMEOUT_MS / 1000
-    while (state := connection.poll()) != psycopg2.extensions.POLL_OK:
-        wait = wait_read if state == psycopg2.extensions.POLL_READ else wait_write
-        try:
-            wait(connection.fileno(), timeout=max(until - monotonic(), 0.001))
-        except TimeoutError as exc:
-            raise psycopg2.OperationalError("the database is silent") from exc
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
+def translated() -> Iterator[None]:
     """The one place where the database's exceptions become ours."""
     try:
         yield

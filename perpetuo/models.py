@@ -155,7 +155,7 @@ class RequestLog(Base):
     workspace_id: Mapped[str] = mapped_column(sa.String(40))
     api_key_id: Mapped[str] = mapped_column(sa.String(40))
     api_key_name: Mapped[str] = mapped_column(sa.String(100))
-    owner: Mapped[int] = mapped_column(sa.BigInteger)  # the process that opened it, see db.ProcessLock
+    owner: Mapped[int] = mapped_column(sa.BigInteger)  # the process that opened it, see liveness.py
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     orphaned_at: Mapped[datetime | None] = mapped_column(UtcDateTime)  # first seen without a living owner

@@ -20,8 +20,8 @@ import gevent
 from gevent import get_hub
 from gevent.socket import wait_read
 
-from perpetuo.db import is_patched
 from perpetuo.errors import Unavailable
+from perpetuo.native import is_patched
 
 FAIR_SECONDS = 0.001  # a stream that never waits lets others run after this long
 

@@ -16,13 +16,14 @@ from time import monotonic
 
 from sqlalchemy.engine import Connection
 
-from perpetuo.db import Database, ProcessLock, storable
+from perpetuo.db import Database, storable
 from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import statements
 from perpetuo.gateway.access import Caller
 from perpetuo.gateway.statements import CounterKey, Values
 from perpetuo.gateway.touches import Touches
 from perpetuo.gateway.writer import Row, Snapshot, Writer
+from perpetuo.liveness import ProcessLock
 from perpetuo.models import new_id
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,73 @@
+"""Native threads for what would stop the event loop, and file locks. Knows whether gevent runs at all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gevent.monkey import is_module_patched
+from gevent.threadpool import ThreadPool
+
+T = TypeVar("T")
+
+
+class Native:
+    """Native threads for what would stop the event loop: SQLite's commits and slow hashes.
+
+    Under gevent one thread each; elsewhere the call runs where it is.
+    """
+
+    def __init__(self) -> None:
+        self._pools: dict[str, ThreadPool] = {}
+        self._pid = os.getpid()
+
+    def writing(self, call: Callable[..., T], *args: Any) -> T:
+        return self._run("writing", call, args)
+
+    def slow(self, call: Callable[..., T], *args: Any) -> T:
+        return self._run("slow", call, args)
+
+    def _run(self, name: str, call: Callable[..., T], args: tuple[Any, ...]) -> T:
+        if not is_patched():
+            return call(*args)
+        if self._pid != os.getpid():  # pools do not survive a fork
+            self._pools, self._pid = {}, os.getpid()
+        if name not in self._pools:
+            self._pools[name] = ThreadPool(1)
+        result, error = self._pools[name].apply(_caught, (call, args))
+        if error is not None:
+            raise error
+        return result
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.kill()
+        self._pools = {}
+
+
+def _caught(call: Callable[..., T], args: tuple[Any, ...]) -> tuple[T | None, BaseException | None]:
+    """gevent prints every exception of its thread pool to stderr, so it travels as a value."""
+    try:
+        return call(*args), None
+    except BaseException as exc:  # noqa: BLE001
+        return None, exc
+
+
+def is_patched() -> bool:
+    """Whether this process runs on gevent."""
+    return is_module_patched("socket")
+
+
+@contextmanager
+def locked_file(path: Path) -> Iterator[None]:
+    """Holds an exclusive lock on a file; it ends with the process, whatever kills it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

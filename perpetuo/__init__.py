@@ -8,6 +8,7 @@ from flask_migrate import Migrate
 from perpetuo import (
     api_keys,  # noqa: F401 - its views belong to the blueprint of workspaces
     auth,
+    cli,
     logs,
     models,  # noqa: F401 - the tables register themselves
     provider_keys,  # noqa: F401 - like api_keys
@@ -34,6 +35,7 @@ def create_app(config: Settings | None = None) -> Flask:
     db.init_app(app)
     Migrate(app, db, directory=str(settings_file.ROOT / "migrations"))
     web.init_app(app)
+    cli.init_app(app)
     for blueprint in (routes.blueprint, auth.blueprint, workspaces.blueprint, logs.blueprint):
         app.register_blueprint(blueprint)
     return app

@@ -1,0 +1,140 @@
+"""One call on its way through the stair: what is known of it, and how its end is written down."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from time import monotonic
+from urllib.parse import quote
+
+from perpetuo.errors import GatewayError, Unavailable
+from perpetuo.gateway import intake
+from perpetuo.gateway.bodies import pack
+from perpetuo.gateway.calls import Aborted, Call
+from perpetuo.gateway.intake import Asked
+from perpetuo.gateway.ledger import NO_USAGE, Ledger, error_values
+from perpetuo.gateway.router import Target
+from perpetuo.gateway.statements import Values
+from perpetuo.gateway.upstream import Attempt, Upstream
+from perpetuo.gateway.writer import Row
+from perpetuo.providers.base import Usage
+
+log = logging.getLogger(__name__)
+
+VISIBLE = "".join(chr(code) for code in range(33, 127) if chr(code) != "%")
+UNLOGGED = ("unavailable", "storage_full")  # refusals that may leave no row: there is nowhere to write it
+
+
+@dataclass(slots=True)
+class Answer:
+    """What goes back to the client: the whole body, or the stream that yields it."""
+
+    request_id: str
+    headers: dict[str, str]
+    body: bytes = b""
+    stream: Iterator[bytes] | None = None
+
+
+class Refused(Exception):
+    """A call that ends in an error: the error, the id of its row, and what is known of its upstream."""
+
+    def __init__(self, error: GatewayError, request_id: str | None, headers: dict[str, str]) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.request_id = request_id
+        self.headers = headers
+
+
+@dataclass(slots=True)
+class Journey:
+    """One call on its way through the stair."""
+
+    ledger: Ledger
+    upstream: Upstream
+    call: Call
+    asked: Asked
+    target: Target
+    row: Row
+    keeps_bodies: bool
+    began: float
+    attempts: list[Attempt] = field(default_factory=list)
+    first_content: float | None = None
+    is_answering: bool = False  # bytes of the answer may have reached the client
+
+    def settle(self, status: str, usage: Usage | None, outcome: Values, *, waits: bool = True) -> None:
+        """Writes how it ended. Raises Unavailable where nothing of it could be written."""
+        latency = monotonic() - self.began
+        upstream_time = sum(attempt.seconds for attempt in self.attempts)
+        values: Values = {
+            "status": status,
+            "attempts": [attempt.as_json() for attempt in self.attempts],
+            "latency_us": int(latency * 1e6),
+            "overhead_us": max(0, int((latency - upstream_time) * 1e6)),
+            "ttft_us": int((self.first_content - self.began) * 1e6) if self.first_content else None,
+            **usage_values(usage),
+            **outcome,
+        }
+        if self.keeps_bodies:
+            values["request_body"] = pack(self.asked.body)
+            values["preview_prompt"] = intake.preview_of_prompt(self.asked.fields)
+        self.ledger.settle(self.row, values, waits=waits)
+
+    def answered(self, usage: Usage, text: str, body: Callable[[], bytes], status: str = "ok") -> None:
+        """Settles a call whose answer is there; `body` is asked for only where bodies are kept."""
+        outcome: Values = {"http_status": 200}
+        if self.keeps_bodies:
+            outcome |= {"response_body": pack(body()), "preview_answer": intake.preview(text)}
+        self.settle(status, usage, outcome)
+
+    def failed(self, exc: Exception, usage: Usage | None = None) -> Refused:
+        """Settles a call that went wrong, and says what the client is told."""
+        error, status = error_of(exc)
+        outcome = error_values(error) if status == "error" else {}
+        if self.is_answering:
+            outcome["http_status"] = 200
+        # The ledger itself has given up: what it has not written stays queued, and nobody waits again.
+        is_unlogged = isinstance(exc, Unavailable) and exc.code in UNLOGGED
+        try:
+            self.settle(status, usage, outcome, waits=not is_unlogged)
+        except Unavailable as unavailable:
+            error = unavailable
+        return Refused(error, self.row.id, self.headers())
+
+    def headers(self) -> dict[str, str]:
+        """Which provider and model answer, after how many attempts, and what the upstream's headers say."""
+        passed = self.attempts[-1].headers if self.attempts else {}
+        return {
+            **passed,
+            "x-perpetuo-provider": self.target.key.provider,
+            "x-perpetuo-model": quote(self.target.model[:200], safe=VISIBLE),
+            "x-perpetuo-attempts": str(len(self.attempts)),
+        }
+
+
+def error_of(exc: Exception) -> tuple[GatewayError, str]:
+    """What the client is told, and the status of the row."""
+    if isinstance(exc, GatewayError):
+        return exc, "error"
+    if isinstance(exc, Aborted) and exc.reason == "client_closed":
+        return GatewayError("The client left.", status=499, code="client_closed"), "client_closed"
+    if isinstance(exc, Aborted):
+        return Unavailable("This server is shutting down; try again.", code="shutting_down"), "error"
+    log.error("a call failed inside the gateway", exc_info=exc)
+    return GatewayError("Something went wrong inside the gateway.", code="internal_error"), "error"
+
+
+def usage_values(usage: Usage | None) -> Values:
+    """The usage columns. Without usage the call cost nothing; with one its cost waits for a price."""
+    if usage is None:
+        return {**NO_USAGE, "cost_nano": 0}
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "cached_tokens": usage.cached_tokens,
+        "cache_write_tokens": usage.cache_write_tokens,
+        "reasoning_tokens": usage.reasoning_tokens,
+        "usage_source": usage.source,
+        "cost_nano": None,
+    }

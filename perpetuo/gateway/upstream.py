@@ -318,7 +318,7 @@ class Exchange:
         """Whether there is something to read within `seconds`, be it the end."""
         assert self._response is not None
         original = self._response._original_response
-        buffered = getattr(original, "fp", None)
+        buffered: Any = getattr(original, "fp", None)
         is_at_end = buffered is None or self._response.length_remaining == 0
         if is_at_end or self.headers.get("content-encoding", "identity") != "identity":
             return True  # no socket announces the end of a length, nor what the decoder still holds

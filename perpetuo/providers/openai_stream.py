@@ -47,6 +47,10 @@ class OpenAIStream:
         self._held_bytes = 0
         self._usage: dict[str, Any] | None = None
         self._usage_chunk: dict[str, Any] | None = None
+        self._has_sent_usage = False
+        options = request.fields.get("stream_options")
+        # vLLM's option for usage in every chunk; who asks for it knows not to add it up.
+        self._repeats_usage = isinstance(options, dict) and options.get("continuous_usage_stats") is True
 
     def feed(self, data: bytes) -> list[bytes]:
         """The client's events that `data` completes. Raises as `base.ChunkReader` says."""
@@ -63,7 +67,7 @@ class OpenAIStream:
             raise UpstreamError("The upstream's stream ended without an answer.", upstream_status=200)
         if not self.is_finished:
             raise UpstreamError("The upstream's stream ended before it was finished.", upstream_status=200)
-        if self._usage_chunk is not None and self._request.wants_usage:
+        if self._usage_chunk is not None and self._request.wants_usage and not self._has_sent_usage:
             out.append(_event(self._write(self._usage_chunk | self._frame)))
         return out
 
@@ -126,6 +130,7 @@ class OpenAIStream:
             raise UpstreamError("The upstream sent a chunk whose choices are no list.", upstream_status=200)
         is_mended = self._mend_frame(fields)
         is_mended |= self._mend_choices(choices, out)
+        is_mended |= self._mend_usage(fields)
         if is_mended or b"\n" in data:
             data = self._write(fields)
         self._release(_event(data), choices, out)
@@ -185,6 +190,20 @@ class OpenAIStream:
             if choice["finish_reason"] is not None:
                 self.is_finished = all(begun.finish_reason for begun in self._choices.values())
         return is_mended
+
+    def _mend_usage(self, fields: dict[str, Any]) -> bool:
+        """Let usage out once, with the last finish reason or after it.
+
+        LangChain and Pydantic AI add up what the chunks say, OpenAI's accumulator reads the last chunk only;
+        Perplexity counts in every chunk.
+        """
+        if self._repeats_usage or not isinstance(fields.get("usage"), dict):
+            return False
+        if self.is_finished and not self._has_sent_usage:
+            self._has_sent_usage = True
+            return False
+        self._usage_chunk = {"choices": [], "usage": fields.pop("usage")}
+        return True
 
     def _begin_choice(self, index: int, out: list[bytes]) -> Choice:
         """Begin a choice, and before it those of lower index: some clients count on the order."""

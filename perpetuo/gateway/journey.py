@@ -12,11 +12,12 @@ from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.bodies import pack
 from perpetuo.gateway.calls import Aborted, Call
+from perpetuo.gateway.exchange import Attempt
 from perpetuo.gateway.intake import Asked
 from perpetuo.gateway.ledger import NO_USAGE, Ledger, error_values
 from perpetuo.gateway.router import Target
 from perpetuo.gateway.statements import Values
-from perpetuo.gateway.upstream import Attempt, Upstream
+from perpetuo.gateway.upstream import Upstream
 from perpetuo.gateway.writer import Row
 from perpetuo.providers.base import Usage
 

@@ -23,8 +23,8 @@ from perpetuo.errors import UpstreamError
 IDLE_SECONDS = 30.0  # servers close idle connections after 5 to 120 s; a stale one costs a second try
 IDLE_PER_HOST = 256
 
-# Not public although `is_global` says so: NAT64, 6to4, IPv4-compatible, Teredo, and two addresses inside
-# the big clouds that answer with credentials.
+# Not public although `is_global` says so: NAT64, 6to4, IPv4-compatible, Teredo, site-local, and two addresses
+# inside the big clouds that answer with credentials.
 NOT_PUBLIC = [
     ipaddress.ip_network(text)
     for text in (
@@ -33,6 +33,7 @@ NOT_PUBLIC = [
         "2002::/16",
         "::/96",
         "2001::/32",
+        "fec0::/10",
         "192.0.0.192/32",
         "168.63.129.16/32",
     )

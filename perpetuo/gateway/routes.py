@@ -110,7 +110,10 @@ def _read_body() -> bytes:
         raise InvalidRequest(message, status=415, code="unsupported_encoding")
     is_chunked = "chunked" in request.environ.get("HTTP_TRANSFER_ENCODING", "").lower()
     size = int(declared) if declared else most + 1 if is_chunked else 0
-    body: bytes = request.environ["wsgi.input"].read(size) if size else b""
+    try:
+        body: bytes = request.environ["wsgi.input"].read(size) if size else b""
+    except OSError as exc:  # gunicorn's for chunks that end too soon, or are none
+        raise InvalidRequest("The body broke off.", code="invalid_json") from exc
     if len(body) > most:
         raise too_large
     return body

@@ -1,0 +1,244 @@
+"""One HTTP request to one upstream and its answer, on a connection of the pool.
+
+Waits for the upstream stand inside `with call:`, where the client's leaving, a deadline or a shutdown may
+end them. Every foreign exception becomes an UpstreamError in `translated`.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.client import HTTPException, RemoteDisconnected
+from time import monotonic
+from typing import Any
+
+from urllib3.exceptions import HTTPError, ReadTimeoutError
+from urllib3.response import HTTPResponse
+
+from perpetuo.config import Settings
+from perpetuo.errors import UpstreamError
+from perpetuo.gateway.calls import Call
+from perpetuo.gateway.network import Pool, origin_of
+from perpetuo.gateway.router import Target
+from perpetuo.providers.base import UpstreamRequest
+
+READ_BYTES = 65536
+END_SECONDS = 0.005  # after [DONE] the end of the body mostly comes in the next packet
+# What of an upstream's headers the client may see; all else stays here.
+PASSED = ("openai-processing-ms", "openai-version")
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try at one target, as the log tells it."""
+
+    target: Target
+    http_status: int | None = None
+    error: UpstreamError | None = None
+    began: float = field(default_factory=monotonic)
+    ended: float | None = None
+    headers: dict[str, str] = field(default_factory=dict)  # for the client
+
+    @property
+    def seconds(self) -> float:
+        return (self.ended or monotonic()) - self.began
+
+    def as_json(self) -> dict[str, Any]:
+        error = self.error
+        return {
+            "provider": self.target.key.provider,
+            "provider_key_id": self.target.key.id,
+            "model": self.target.model,
+            "http_status": self.http_status,
+            "error": error and {"type": error.type, "code": error.code, "message": error.message},
+            "duration_ms": round(self.seconds * 1000, 1),
+        }
+
+
+class Exchange:
+    """One HTTP request and its answer, on a connection of the pool."""
+
+    def __init__(
+        self,
+        call: Call,
+        pool: Pool,
+        settings: Settings,
+        request: UpstreamRequest,
+        attempts: list[Attempt] | None = None,
+    ) -> None:
+        self.status: int | None = None
+        self.headers: dict[str, str] = {}
+        self._attempts = attempts  # the last of them is this one
+        self._call = call
+        self._pool = pool
+        self._settings = settings
+        self._request = request
+        self._origin, self._path = origin_of(request.url)
+        self._connection: Any = None
+        self._response: HTTPResponse | None = None
+        self._is_reused = False
+        self._is_whole = False
+
+    def send(self, *, fresh: bool = False) -> None:
+        """Connects and sends the request."""
+        self._call.allow(self._settings.connect_timeout, "connect")
+        self._connection, self._is_reused = self._pool.take(self._origin, fresh=fresh)
+        request = self._request
+        with self._call:
+            if self._connection.sock is None:
+                self._connection.connect()
+        self._call.allow(self._settings.total_timeout, "total")
+        self._connection.timeout = self._call.remaining()
+        try:
+            with self._call:
+                self._connection.request(
+                    request.method, self._path, request.body, request.headers, preload_content=False
+                )
+        except (ConnectionResetError, BrokenPipeError):
+            if not self._is_reused:
+                raise
+            self._send_again()
+
+    def await_head(self, seconds: float | None) -> bool:
+        """Whether status and headers are there within `seconds` (None: before the deadline)."""
+        if self._response is not None:
+            return True
+        if not self._call.wait_readable(
+            self._connection.sock, max(seconds or 0.0, 0.0) if seconds is not None else 1e6
+        ):
+            return False
+        self._connection.timeout = self._call.remaining()
+        try:
+            with self._call:
+                self._response = self._connection.getresponse()
+        except (RemoteDisconnected, ConnectionResetError):
+            # The server closed an idle connection just as we used it: nothing of an answer came, and the
+            # request goes once more, on a connection that was never used.
+            if not self._is_reused:
+                raise
+            self._send_again()
+            return self.await_head(seconds)
+        self.status = self._response.status
+        self.headers = {name.lower(): value for name, value in self._response.headers.items()}
+        if self._attempts:
+            self._attempts[-1].http_status = self.status
+            self._attempts[-1].headers = self._client_headers()
+        return True
+
+    def wait(self, seconds: float) -> bool:
+        """Whether there is something to read within `seconds`, be it the end."""
+        assert self._response is not None
+        original = self._response._original_response
+        buffered: Any = getattr(original, "fp", None)
+        is_at_end = buffered is None or self._response.length_remaining == 0
+        if is_at_end or self.headers.get("content-encoding", "identity") != "identity":
+            return True  # no socket announces the end of a length, nor what the decoder still holds
+        connection = self._connection.sock or buffered.raw._sock
+        connection.settimeout(0.0)
+        try:
+            if buffered.peek(1):
+                return True
+        except (BlockingIOError, ssl.SSLWantReadError):
+            pass
+        finally:
+            connection.settimeout(self._call.remaining())
+        return self._call.wait_readable(connection, max(seconds, 0.0))
+
+    def read(self) -> bytes:
+        """The next bytes of the body as they come, b"" at its end. Raises where it was cut short."""
+        assert self._response is not None
+        with self._call:
+            piece = self._response.read1(READ_BYTES, decode_content=True)
+        if not piece:
+            if self._response.length_remaining:
+                raise UpstreamError("The upstream closed the connection in the middle of its answer.")
+            self._is_whole = True
+        return piece
+
+    def read_all(self, most: int, *, is_cut: bool = False) -> bytes:
+        """The whole body. Beyond `most` bytes it is cut, or refused."""
+        pieces, size = [], 0
+        while piece := self.read():
+            pieces.append(piece)
+            size += len(piece)
+            if size > most:
+                if is_cut:
+                    break
+                raise UpstreamError("The upstream's answer is too large.")
+        return b"".join(pieces)
+
+    def finish(self) -> None:
+        """Gives the connection back if its answer is at its end by now, or in the next milliseconds."""
+        try:
+            while not self._is_whole and self.wait(END_SECONDS):
+                self._connection.sock and self._connection.sock.settimeout(0.05)
+                if len(self.read()) > 0:
+                    break  # something follows the end: not a connection to use again
+        except (UpstreamError, HTTPError, HTTPException, OSError):
+            pass
+        if self._is_whole and self._connection is not None and self._connection.sock is not None:
+            self._pool.give(self._origin, self._connection)
+            self._connection = None
+
+    def close(self) -> None:
+        """Closes the connection unless it was given back."""
+        if self._connection is not None:
+            if self._response is not None:
+                self._response.close()
+            self._connection.close()
+            self._connection = None
+
+    def _client_headers(self) -> dict[str, str]:
+        """The upstream's headers that the client gets; none that gives our own authorization back."""
+        secret = self._request.headers.get("authorization", "").removeprefix("Bearer ")
+        passed = {name: value for name, value in self.headers.items() if _is_passed(name)}
+        upstream_id = self.headers.get("x-request-id")
+        if upstream_id:
+            passed["x-upstream-request-id"] = upstream_id
+        return {
+            name: value
+            for name, value in passed.items()
+            if _is_plain(value) and not (secret and secret in value)
+        }
+
+    def _send_again(self) -> None:
+        """The upstream may have worked for the request that was lost, so it stays an attempt of its own."""
+        self._connection.close()
+        if self._attempts:
+            lost = self._attempts[-1]
+            lost.ended = monotonic()
+            lost.error = UpstreamError(
+                "The upstream had closed this idle connection; the request was sent again."
+            )
+            self._attempts.append(Attempt(lost.target))
+        self.send(fresh=True)
+
+
+def _is_passed(name: str) -> bool:
+    return name in PASSED or name.startswith("x-ratelimit-")
+
+
+def _is_plain(value: str) -> bool:
+    return len(value) <= 1000 and value.isascii() and value.isprintable()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """The one place where the exceptions of sockets, TLS and HTTP become ours."""
+    try:
+        yield
+    except socket.gaierror as exc:
+        raise UpstreamError("The upstream's host name cannot be resolved.") from exc
+    except (TimeoutError, ReadTimeoutError) as exc:
+        raise UpstreamError(
+            "The upstream did not answer in time.", status=504, code="upstream_timeout"
+        ) from exc
+    except ssl.SSLError as exc:
+        raise UpstreamError(f"The upstream's TLS failed: {exc.reason or 'handshake'}.") from exc
+    except ConnectionRefusedError as exc:
+        raise UpstreamError("The upstream refused the connection.") from exc
+    except (HTTPError, HTTPException, OSError) as exc:
+        raise UpstreamError("The connection to the upstream failed.") from exc

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any
 
@@ -64,7 +65,9 @@ class Access:
         row = self._database.read(lambda connection: _select(connection, key_hash))
         expires_in = STALE_SECONDS
         if row is not None and row.expires_at is not None:
-            expires_in = (row.expires_at - row.now).total_seconds()
+            # SQLite's own clock counts whole seconds.
+            now = datetime.now(UTC) if self._database.is_sqlite else row.now
+            expires_in = (row.expires_at - now).total_seconds()
         if row is None or row.revoked_at is not None or expires_in <= 0:
             self._known.pop(key_hash, None)
             raise _refused()

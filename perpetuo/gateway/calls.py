@@ -50,13 +50,11 @@ class Calls:
 
     def begin(self, workspace_id: str, total_seconds: float) -> Call:
         """A call in flight, to be closed by whoever ends it. Raises Unavailable."""
-        if self.is_draining:
-            raise Unavailable("This server is shutting down; try again.", code="shutting_down")
         with self._lock:
             if len(self._live) >= self.most or self._by_workspace[workspace_id] * 2 >= max(self.most, 2):
-                raise Unavailable(
-                    "Too many requests are in flight; try again in a moment.", code="overloaded"
-                )
+                raise Unavailable("Too many requests are in flight; try again.", code="overloaded")
+            if self.is_draining:
+                raise Unavailable("This server is shutting down; try again.", code="shutting_down")
             call = Call(self, workspace_id, total_seconds)
             self._live.add(call)
             self._by_workspace[workspace_id] += 1

@@ -113,7 +113,10 @@ class Ledger:
         if not waits:
             self.writer.put(row)
         elif not self._wait(row, SETTLE_SECONDS, lambda: row.is_settled) and (row.failure or not row.is_open):
-            raise self._unlogged(row)
+            failure = self._unlogged(row)
+            # The client is told so, and its row, once it can be written, must say the same.
+            row.outcome = {**outcome, "status": "error", **error_values(failure)}
+            raise failure
 
     def _unlogged(self, row: Row) -> GatewayError:
         """Why this row could not be written: its own fault, or the database's (which may be full)."""

@@ -6,6 +6,7 @@ monkey.patch_all()
 
 import os  # noqa: E402
 import resource  # noqa: E402
+import signal  # noqa: E402
 import sys  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -40,6 +41,7 @@ proc_name = "perpetuo"
 
 def on_starting(server):
     """What must be true before anybody is served. A database that is down at start is no fault."""
+    server.handle_int = server.handle_term  # Ctrl-C drains too, as SIGTERM does
     faults = checks.at_start(settings)
     if faults:
         print("PERPETUO cannot start:\n" + "\n".join(f"  - {fault}" for fault in faults), file=sys.stderr)
@@ -51,6 +53,7 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the master decides
     worker.wsgi.extensions["perpetuo"].start(lambda: worker.alive)
 
 

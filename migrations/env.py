@@ -1,9 +1,12 @@
 """Runs the migrations on the application's own database, under its lock."""
 
+import sys
+
 from alembic import context
 from flask import current_app
 
 from perpetuo.db import Base, Json, UtcDateTime
+from perpetuo.errors import Unavailable
 
 database = current_app.extensions["perpetuo"].database
 
@@ -39,5 +42,8 @@ def run_offline():
 if context.is_offline_mode():
     run_offline()
 else:
-    with database.migrating() as connection:
-        run(connection)
+    try:
+        with database.migrating() as connection:
+            run(connection)
+    except Unavailable as error:
+        sys.exit(error.message)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy import select
@@ -56,6 +58,17 @@ def ring_faults(database: Database, settings: Settings) -> list[str]:
                 f"ENCRYPTION_KEYS: the key '{name}' opens none of the provider keys stored under it."
             )
     return faults
+
+
+def lost_keys(database: Database, settings: Settings) -> list[str]:
+    """Ids of ring keys under which provider keys are stored, and which are not listed. Raises Unavailable."""
+    rows = database.read(lambda connection: connection.execute(select(ProviderKey.sealed)).scalars().all())
+    listed = {name for name, _ in settings.encryption_keys}
+    lost = Counter(name for name in map(crypto.key_id, rows) if name not in listed)
+    return [
+        f"ENCRYPTION_KEYS lacks the key '{name}': {count} stored provider keys cannot be opened without it."
+        for name, count in sorted(lost.items())
+    ]
 
 
 def _sealed_with(connection: Connection, name: str) -> list:

@@ -13,7 +13,7 @@ from flask import Flask, current_app
 from flask.cli import with_appcontext
 
 from perpetuo import accounts, checks
-from perpetuo.config import SettingsError, new_secrets
+from perpetuo.config import new_secrets
 from perpetuo.errors import GatewayError
 from perpetuo.gateway import audit, retention
 from perpetuo.gateway.walk import Gateway
@@ -25,10 +25,8 @@ def init_app(app: Flask) -> None:
         app.cli.add_command(command)
 
 
-def app_without_settings(error: SettingsError) -> Flask:
-    """What `flask secrets` runs on before there are secrets; for anything else the faults are printed."""
-    if sys.argv[-1:] != ["secrets"]:
-        sys.exit(str(error))
+def app_for_secrets() -> Flask:
+    """What `flask secrets` runs on: there may be no settings yet, and none shall be made."""
     app = Flask(__name__)
     app.cli.add_command(print_secrets)
     return app
@@ -90,6 +88,7 @@ def doctor() -> None:
     faults = [checks.schema_fault(gateway.database)]
     if faults == [None]:
         faults += checks.ring_faults(gateway.database, gateway.settings)
+        faults += checks.lost_keys(gateway.database, gateway.settings)
         open_rows = audit.open_rows(gateway.database)
         click.echo(f"{open_rows} calls are in flight or wait for the sweep.")
     found = [fault for fault in faults if fault]

@@ -162,7 +162,7 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = None) -
         budget_wait=read.seconds("PERPETUO_BUDGET_WAIT", 5, 0),
         orphan_grace=read.seconds("PERPETUO_ORPHAN_GRACE", 0 if _is_sqlite(read) else 30, 0),
         drain_timeout=read.seconds("PERPETUO_DRAIN_TIMEOUT", 20, 0),
-        cors_origins=frozenset(read.listed("PERPETUO_CORS_ORIGINS")),
+        cors_origins=_origins(read),
         metrics_token=metrics_token,
     )
     if production:
@@ -229,6 +229,21 @@ def _allowed_upstreams(read: _Reader, production: bool) -> tuple[frozenset[str],
                 )
             hosts.add(part.lower().rstrip("."))
     return frozenset(hosts), tuple(networks)
+
+
+def _origins(read: _Reader) -> frozenset[str]:
+    origins = read.listed("PERPETUO_CORS_ORIGINS")
+    for origin in origins:
+        parts = urlsplit(origin)
+        if (
+            parts.scheme not in ("http", "https")
+            or origin != f"{parts.scheme}://{parts.netloc}"
+            or "*" in origin
+        ):
+            read.faults.append(
+                "PERPETUO_CORS_ORIGINS must list exact origins, such as https://app.example.com."
+            )
+    return frozenset(origins)
 
 
 def _encryption_keys(read: _Reader) -> EncryptionKeys:
@@ -302,7 +317,7 @@ def _local_secrets(data: Path, read: _Reader) -> dict:
 
 def _write_once(path: Path, text: str) -> None:
     """Writes a file with mode 0600 that appears whole or not at all; an existing one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts will be in it too
     handle, name = tempfile.mkstemp(dir=path.parent)  # mkstemp gives 0600
     try:
         os.write(handle, text.encode())

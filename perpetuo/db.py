@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -29,6 +29,8 @@ from perpetuo.native import Native, locked_file
 
 T = TypeVar("T")
 
+UNDEFINED_TABLE = "42P01"  # PostgreSQL's SQLSTATE
+UNMIGRATED = "The database is not migrated: run `flask --app wsgi db upgrade`."
 READ_SECONDS = 1.0  # a request that waits longer for the database is answered 503
 WRITE_SECONDS = 5.0
 MIGRATION_LOCK = 0x7065727065747565  # "perpetue": any constant, the same for all
@@ -210,10 +212,14 @@ class Database:
         if self.is_sqlite:
             assert self.path is not None
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with locked_file(Path(f"{self.path}.migrating")), self.writer.connect() as connection:
+            with (
+                translated(),
+                locked_file(Path(f"{self.path}.migrating")),
+                self.writer.connect() as connection,
+            ):
                 yield connection
             return
-        with self.writer.connect() as connection:
+        with translated(), self.writer.connect() as connection:
             connection.exec_driver_sql("set statement_timeout = 0")
             connection.exec_driver_sql(f"select pg_advisory_lock({MIGRATION_LOCK})")
             connection.commit()
@@ -228,6 +234,8 @@ class Database:
         """The schema's revision, None before the first migration. Raises Unavailable."""
 
         def current(connection: Connection) -> str | None:
+            if self.path is not None and not self.path.exists():  # deleted under us: SQLite would not notice
+                return None
             if not sa.inspect(connection).has_table("alembic_version"):
                 return None
             return connection.exec_driver_sql("select version_num from alembic_version").scalar()
@@ -251,7 +259,13 @@ def translated() -> Iterator[None]:
         yield
     except PoolTimeout as exc:
         raise Unavailable("The database is busy; try again in a moment.") from exc
+    except ProgrammingError as exc:
+        if getattr(exc.orig, "pgcode", None) != UNDEFINED_TABLE:
+            raise
+        raise Unavailable(UNMIGRATED) from exc
     except (OperationalError, InterfaceError, OSError) as exc:
+        if "no such table" in str(getattr(exc, "orig", "")):
+            raise Unavailable(UNMIGRATED) from exc
         if _is_full(exc):
             message = "The database is out of space: the operator must free some before calls can be logged."
             raise Unavailable(message, code="storage_full", retry_after=30) from exc

@@ -31,7 +31,7 @@ def sqlite_engine(url: URL, *, read_only: bool) -> Engine:
         if read_only
         else {"poolclass": sa.NullPool}
     )
-    engine = sa.create_engine(url, connect_args={"check_same_thread": False}, **pool)
+    engine = sa.create_engine(url, connect_args={"check_same_thread": False}, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "connect")
     def set_up(connection: Any, _record: Any) -> None:
@@ -61,6 +61,7 @@ def postgresql_engine(url: URL, *, read_only: bool) -> Engine:
     options += ["default_transaction_read_only=on"] if read_only else []
     engine = sa.create_engine(
         url,
+        hide_parameters=True,  # prompts and hashes have no place in a traceback
         pool_size=5,
         max_overflow=10,
         pool_timeout=POOL_SECONDS,

@@ -20,7 +20,7 @@ from perpetuo.models import ProviderKey, new_id
 from perpetuo.providers.catalog import CATALOG
 from perpetuo.workspaces import blueprint
 
-LEAST_FOR_HINT = 12  # of a shorter secret four characters would be too much to show
+LEAST_FOR_HINT = 8  # of a shorter secret four characters would be too much to show
 PROBED = ("ok", "http_status", "latency_ms", "models", "error")
 
 

@@ -127,7 +127,9 @@ def answer(
         name = template if shown == "page" else template.replace("/", "/_", 1)
         return Response(render_template(name, **value), status, mimetype="text/html")
     if value is None:
-        return Response(status=status)
+        empty = Response(status=status)
+        del empty.headers["Content-Type"]
+        return empty
     return Response(to_json(value), status, mimetype="application/json")
 
 

@@ -1,10 +1,12 @@
+import os
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import sqlalchemy as sa
 
-from perpetuo import cli
-from perpetuo.config import SettingsError
+from perpetuo.config import ROOT
 from perpetuo.gateway.ledger import Ledger
 from perpetuo.models import RequestLog, UsageCounter, Workspace
 from tests.gateway.test_ledger import CALLER, OK, OPENING, die
@@ -17,17 +19,29 @@ def run(app):
     return lambda *words: runner.invoke(args=words)
 
 
-def test_secrets_are_printed_even_before_there_are_any(monkeypatch):
-    monkeypatch.setattr(cli.sys, "argv", ["flask", "--app", "wsgi", "secrets"])
-    app = cli.app_without_settings(SettingsError(["SECRET_KEY must be set."]))
-    printed = app.test_cli_runner().invoke(args=["secrets"]).output
+def flask(*words, **environ):
+    command = [sys.executable, "-m", "flask", "--app", "wsgi", *words]
+    environ = {"PATH": os.environ["PATH"], "PERPETUO_ENV": "production", **environ}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+
+def test_secrets_are_printed_even_before_there_are_any():
+    printed = flask("secrets").stdout
     assert [line.partition("=")[0] for line in printed.split()] == ["SECRET_KEY", "ENCRYPTION_KEYS"]
 
 
-def test_any_other_command_names_the_faults(monkeypatch):
-    monkeypatch.setattr(cli.sys, "argv", ["flask", "--app", "wsgi", "doctor"])
-    with pytest.raises(SystemExit, match="SECRET_KEY must be set"):
-        cli.app_without_settings(SettingsError(["SECRET_KEY must be set."]))
+def test_any_other_command_names_the_faults():
+    ran = flask("doctor")
+    assert ran.returncode == 1
+    assert "PUBLIC_URL must be set" in ran.stderr
+    assert "SECRET_KEY must be set" in ran.stderr
+
+
+def test_migrating_a_database_that_is_away_says_so_in_a_sentence(tmp_path):
+    away = "postgresql://nobody@127.0.0.1:1/none"
+    ran = flask("db", "upgrade", PERPETUO_ENV="local", PERPETUO_DATA=str(tmp_path), DATABASE_URL=away)
+    assert ran.returncode == 1
+    assert ran.stderr.strip() == "The database cannot be reached; try again in a moment."
 
 
 def test_an_operator_adds_a_user_and_sets_a_password(run, client):
@@ -49,6 +63,16 @@ def test_doctor_finds_a_lost_encryption_key(run, app, gateway):
     found = run("doctor")
     assert found.exit_code == 1
     assert "opens none" in found.output + found.stderr
+
+
+def test_doctor_names_a_key_that_is_no_longer_listed(run, gateway):
+    new_tenant(gateway).add_provider_key("https://api.openai.com/v1")
+    gateway.database.transaction(
+        lambda c: c.execute(sa.text("update provider_keys set sealed = 'v1.old.AAAA'"))
+    )
+    found = run("doctor")
+    assert found.exit_code == 1
+    assert "lacks the key 'old': 1 stored" in found.output + found.stderr
 
 
 def test_sweep_settles_the_orphans(run, gateway):
@@ -84,6 +108,15 @@ def test_prune_deletes_old_rows_and_leaves_the_books_agreeing(run, gateway):
     assert run("audit").output == "0 differences.\n"
     workspace = gateway.database.save(lambda session: session.get(Workspace, tenant.workspace_id))
     assert workspace.pruned_before is not None
+
+
+def test_prune_takes_what_a_deleted_workspace_left_behind(run, gateway):
+    ledger = Ledger(gateway.database)
+    ledger.settle(ledger.open(CALLER, OPENING), dict(OK))  # its workspace was never there
+    ledger.close()
+    assert run("prune").output == "1 log rows were deleted.\n"
+    count = sa.select(sa.func.count()).select_from(UsageCounter)
+    assert gateway.database.read(lambda connection: connection.execute(count).scalar()) == 0
 
 
 def days_ago(days):

@@ -41,17 +41,9 @@ class Asked:
         """The request as one target gets it."""
         return ModelRequest(self.endpoint, model, self.body, self.fields, self.headers)
 
-    def values(self) -> dict[str, Any]:
-        """The first columns of its row."""
-        return {
-            "stream": self.is_stream,
-            "model": storable(self.names[0])[:200],
-            "end_user": _end_user(self.fields),
-        }
 
-
-def read(endpoint: Endpoint, body: bytes, headers: Mapping[str, str]) -> Asked:
-    """Raises InvalidRequest: `invalid_json`, or without a code and with the `param` at fault."""
+def parse(body: bytes) -> dict[str, Any]:
+    """The body's fields. Raises InvalidRequest (`invalid_json`)."""
     try:
         fields = read_json(body)
     except ValueError as exc:
@@ -61,6 +53,23 @@ def read(endpoint: Endpoint, body: bytes, headers: Mapping[str, str]) -> Asked:
     twice = _named_twice(body)
     if twice:
         raise InvalidRequest(f"'{twice}' stands twice in the body.", code="invalid_json", param=twice)
+    return fields
+
+
+def legible(fields: Mapping[str, Any], endpoint: Endpoint, *, keeps_bodies: bool) -> dict[str, Any]:
+    """The first columns of the row, as far as they can be read: what is refused shall say what it asked."""
+    models = fields.get("models")
+    named = [fields.get("model"), *(models if isinstance(models, list) else ())]
+    return {
+        "stream": fields.get("stream") is True and endpoint == "chat.completions",
+        "model": next((storable(name)[:200] for name in named if isinstance(name, str)), ""),
+        "end_user": _end_user(fields),
+        "preview_prompt": preview_of_prompt(fields) if keeps_bodies else None,
+    }
+
+
+def check(endpoint: Endpoint, body: bytes, fields: Mapping[str, Any], headers: Mapping[str, str]) -> Asked:
+    """What was asked. Raises InvalidRequest with the `param` at fault."""
     names = _names(fields)
     _check(fields, endpoint)
     passed = {name: headers[name] for name in PASSED if name in headers}
@@ -74,7 +83,7 @@ def _named_twice(body: bytes) -> str | None:
     return next((key for key in keys if key in DECISIVE and keys.count(key) > 1), None)
 
 
-def _names(fields: dict[str, Any]) -> tuple[str, ...]:
+def _names(fields: Mapping[str, Any]) -> tuple[str, ...]:
     model, others = fields.get("model"), fields.get("models")
     if model is not None and not (isinstance(model, str) and model.strip()):
         raise InvalidRequest("'model' must be the name of a model.", param="model")
@@ -88,7 +97,7 @@ def _names(fields: dict[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def _check(fields: dict[str, Any], endpoint: Endpoint) -> None:
+def _check(fields: Mapping[str, Any], endpoint: Endpoint) -> None:
     if endpoint == "chat.completions":
         if not isinstance(fields.get("messages"), list) or not fields["messages"]:
             raise InvalidRequest("'messages' must be a list of at least one message.", param="messages")

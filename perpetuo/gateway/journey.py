@@ -78,7 +78,6 @@ class Journey:
         }
         if self.keeps_bodies:
             values["request_body"] = pack(self.asked.body)
-            values["preview_prompt"] = intake.preview_of_prompt(self.asked.fields)
         self.ledger.settle(self.row, values, waits=waits)
 
     def answered(self, usage: Usage, text: str, body: Callable[[], bytes], status: str = "ok") -> None:

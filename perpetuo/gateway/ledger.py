@@ -20,6 +20,7 @@ from perpetuo.db import Database, storable
 from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import statements
 from perpetuo.gateway.access import Caller
+from perpetuo.gateway.bodies import pack
 from perpetuo.gateway.statements import CounterKey, Values
 from perpetuo.gateway.touches import Touches
 from perpetuo.gateway.writer import Row, Snapshot, Writer
@@ -123,10 +124,13 @@ class Ledger:
         unlogged = "The database cannot be reached; the call was not logged."
         return row.failure or self.writer.failure or Unavailable(unlogged)
 
-    def refuse(self, caller: Caller, error: GatewayError, values: Values) -> str | None:
+    def refuse(
+        self, caller: Caller, error: GatewayError, values: Values, body: bytes | None = None
+    ) -> str | None:
         """Logs a call that the gateway refuses; returns its row's id, None for one counted into another's.
 
-        From the 20th refusal of one key and code within a second on they share a row.
+        `body` is the client's, where it is to be kept. From the 20th refusal of one key and code within a
+        second on they share a row.
         """
         if self._lock is None:
             self.start()
@@ -135,7 +139,8 @@ class Ledger:
         if began == second and shared is not None and count >= SAMPLED_FROM and self.writer.count(shared):
             return None
         count = count + 1 if began == second else 1
-        row = Row(self._opening(caller, values), refusal(error))
+        kept = {"request_body": pack(body)} if body is not None else {}
+        row = Row(self._opening(caller, values), refusal(error) | kept)
         if len(self._refusals) > 10_000:
             self._refusals.clear()
         self._refusals[key] = (second, count, row)

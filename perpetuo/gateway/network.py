@@ -88,6 +88,8 @@ def base_url_fault(url: str, settings: Settings) -> str | None:
         return "A base URL has no ? and no #."
     if not url.isascii() or any(character <= " " or character == "\\" for character in url):
         return "A base URL has only visible ASCII characters."
+    if parts.path.rstrip("/").endswith(("/chat/completions", "/embeddings", "/models")):
+        return "A base URL ends before /chat/completions: that is appended to it."
     try:
         ipaddress.ip_address(host)
     except ValueError:

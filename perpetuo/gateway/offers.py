@@ -43,6 +43,18 @@ class Offers:
                 offers.setdefault(offer.id, offer)
         return [offers[name] for name in sorted(offers) if is_allowed(caller, name)]
 
+    def find(self, caller: Caller, name: str) -> Offer | None:
+        """One of them, by its id or by another name that leads to it. Raises Unavailable."""
+        offers = {offer.id: offer for offer in self.all(caller)}
+        if name in offers or not is_allowed(caller, name):
+            return offers.get(name)
+        config = self._router.config(caller)
+        for target in resolve(config, name):
+            offer = offers.get(_asked_as(config, target.key, target.model))
+            if offer is not None:
+                return Offer(name, offer.owned_by, offer.created)
+        return None
+
     def _upstream_lists(self, keys: tuple[Key, ...]) -> dict[str, tuple[str, ...]]:
         """By key the names that its upstream lists; those not known are asked for at the same time."""
         missing = [key for key in keys if self._lists.get((key.id, key.sealed), (0.0,))[0] <= monotonic()]

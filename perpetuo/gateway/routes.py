@@ -56,12 +56,12 @@ def model(model: str) -> Response:
     try:
         gateway = _gateway()
         caller = gateway.access.authenticate(request.headers.get("Authorization"))
-        found = [offer for offer in gateway.offers.all(caller) if offer.id in (model, model.rstrip("/"))]
-        if not found:
+        found = gateway.offers.find(caller, model) or gateway.offers.find(caller, model.rstrip("/"))
+        if found is None:
             raise NotFound(f"The model '{model}' does not exist here.", code="model_not_found", param="model")
     except GatewayError as error:
         return _refused(error)
-    return _json(_model(found[0]))
+    return _json(_model(found))
 
 
 @blueprint.route("/v1", methods=EVERY_METHOD, defaults={"path": ""}, strict_slashes=False)

@@ -90,6 +90,8 @@ class Upstream:
                 exchange.finish()
         except UpstreamError as exc:
             error = exc.message
+            if exchange.status == 404:
+                error = f"There is no list of models at {base_url}: most base URLs end in /v1."
         except Aborted as exc:
             error = TIMED_OUT[exc.reason]
         finally:

@@ -12,7 +12,7 @@ from time import monotonic
 
 from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing
-from perpetuo.db import Database, storable
+from perpetuo.db import UNMIGRATED, Database, storable
 from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.access import Access, Caller
@@ -70,7 +70,7 @@ class Gateway:
             revision = self.database.revision()
         except Unavailable as exc:
             return exc.message
-        return None if revision else "The database is not migrated: run `flask --app wsgi db upgrade`."
+        return None if revision else UNMIGRATED
 
 
 def walk(
@@ -87,22 +87,25 @@ def walk(
     `headers` have lower-case names.
     """
     began = monotonic()
+    keeps_bodies = caller.log_bodies and headers.get("x-perpetuo-log", "").strip().lower() != "metadata"
     values: Values = {"endpoint": endpoint, "stream": False}
-    call = None
+    call, kept = None, None
     try:
         call = gateway.calls.begin(caller.workspace_id, gateway.settings.total_timeout)
-        asked = intake.read(endpoint, read_body(), headers)
-        values |= asked.values()
+        body = read_body()
+        fields = intake.parse(body)
+        values |= intake.legible(fields, endpoint, keeps_bodies=keeps_bodies)
+        kept = body if keeps_bodies else None
+        asked = intake.check(endpoint, body, fields, headers)
         targets = gateway.router.route(caller, asked.names)
         row = gateway.ledger.open(caller, values | _opening(targets[0], asked))
     except BaseException as exc:
         if call is not None:
             call.close()
         if isinstance(exc, GatewayError):
-            raise Refused(exc, _refuse(gateway, caller, exc, values), {}) from exc
+            raise Refused(exc, _refuse(gateway, caller, exc, values, kept), {}) from exc
         raise
     call.watch(client)
-    keeps_bodies = caller.log_bodies and headers.get("x-perpetuo-log", "").strip().lower() != "metadata"
     journey = Journey(gateway.ledger, gateway.upstream, call, asked, targets[0], row, keeps_bodies, began)
     return _stream(journey) if asked.is_stream else _send(journey)
 
@@ -121,11 +124,13 @@ def _opening(target: Target, asked: Asked) -> Values:
     }
 
 
-def _refuse(gateway: Gateway, caller: Caller, error: GatewayError, values: Values) -> str | None:
+def _refuse(
+    gateway: Gateway, caller: Caller, error: GatewayError, values: Values, body: bytes | None
+) -> str | None:
     if error.code in UNLOGGED:
         return None
     try:
-        return gateway.ledger.refuse(caller, error, values)
+        return gateway.ledger.refuse(caller, error, values, body)
     except Unavailable:
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import DeclarativeBase, Session
 
@@ -30,6 +30,9 @@ from perpetuo.native import Native, locked_file
 T = TypeVar("T")
 
 UNDEFINED_TABLE = "42P01"  # PostgreSQL's SQLSTATE
+# Classes of SQLSTATE that speak of the server, not of the statement: lost connections, a transaction that
+# may not write (a standby), resources, an operator's stop, its disk, a lacking privilege, a bug of its own.
+TROUBLE = ("08", "25", "53", "57", "58", "42501", "XX")
 UNMIGRATED = "The database is not migrated: run `flask --app wsgi db upgrade`."
 READ_SECONDS = 1.0  # a request that waits longer for the database is answered 503
 WRITE_SECONDS = 5.0
@@ -143,7 +146,8 @@ class Database:
         CommitUncertain, and IntegrityError as it comes.
         """
         if self.is_sqlite:
-            return self.native.writing(self._sqlite_transaction, work)
+            with translated():  # a lock that another process holds for too long
+                return self.native.writing(self._sqlite_transaction, work, seconds=seconds)
         with deadline(seconds), translated():
             try:
                 return self._postgresql_transaction(work)
@@ -245,7 +249,8 @@ class Database:
     def close(self) -> None:
         """Closes every connection and thread of this process."""
         if self._held is not None:
-            self.native.writing(self._held.close)
+            with suppress(TimeoutError):
+                self.native.writing(self._held.close, seconds=WRITE_SECONDS)
             self._held = None
         self.reader.dispose()
         self.writer.dispose()
@@ -259,17 +264,22 @@ def translated() -> Iterator[None]:
         yield
     except PoolTimeout as exc:
         raise Unavailable("The database is busy; try again in a moment.") from exc
-    except ProgrammingError as exc:
-        if getattr(exc.orig, "pgcode", None) != UNDEFINED_TABLE:
-            raise
-        raise Unavailable(UNMIGRATED) from exc
-    except (OperationalError, InterfaceError, OSError) as exc:
-        if "no such table" in str(getattr(exc, "orig", "")):
+    except DBAPIError as exc:
+        state = str(getattr(exc.orig, "pgcode", None) or "")
+        if state == UNDEFINED_TABLE or "no such table" in str(exc.orig):
             raise Unavailable(UNMIGRATED) from exc
-        if _is_full(exc):
-            message = "The database is out of space: the operator must free some before calls can be logged."
-            raise Unavailable(message, code="storage_full", retry_after=30) from exc
-        raise Unavailable("The database cannot be reached; try again in a moment.") from exc
+        if not isinstance(exc, OperationalError | InterfaceError) and not state.startswith(TROUBLE):
+            raise
+        raise _unavailable(exc) from exc
+    except OSError as exc:
+        raise _unavailable(exc) from exc
+
+
+def _unavailable(exc: BaseException) -> Unavailable:
+    if _is_full(exc):
+        message = "The database is out of space: the operator must free some before calls can be logged."
+        return Unavailable(message, code="storage_full", retry_after=30)
+    return Unavailable("The database cannot be reached; try again in a moment.")
 
 
 def _is_full(exc: BaseException) -> bool:

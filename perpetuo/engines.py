@@ -20,6 +20,7 @@ from sqlalchemy.engine import URL, Connection, Engine
 
 from perpetuo.native import is_patched
 
+IDLE_MS = 5_000
 POOL_SECONDS = 1.0  # a request that waits longer for a connection is answered 503
 STATEMENT_TIMEOUT_MS = 10_000  # the server's own bound, for a process that cannot keep its own
 
@@ -58,7 +59,12 @@ def postgresql_engine(url: URL, *, read_only: bool) -> Engine:
         psycopg2.extensions.set_wait_callback(_wait)
     options = [f"statement_timeout={STATEMENT_TIMEOUT_MS}", "timezone=UTC", "tcp_user_timeout=20000"]
     options += ["tcp_keepalives_idle=10", "tcp_keepalives_interval=5", "tcp_keepalives_count=3"]
-    options += ["default_transaction_read_only=on"] if read_only else []
+    # A frozen process must not hold its locks for ever: the others' rows wait for them.
+    options += (
+        ["default_transaction_read_only=on"]
+        if read_only
+        else [f"idle_in_transaction_session_timeout={IDLE_MS}"]
+    )
     engine = sa.create_engine(
         url,
         hide_parameters=True,  # prompts and hashes have no place in a traceback

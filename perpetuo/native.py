@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from gevent.monkey import is_module_patched
 from gevent.threadpool import ThreadPool
+from gevent.timeout import Timeout
 
 T = TypeVar("T")
 
@@ -25,20 +26,24 @@ class Native:
         self._pools: dict[str, ThreadPool] = {}
         self._pid = os.getpid()
 
-    def writing(self, call: Callable[..., T], *args: Any) -> T:
-        return self._run("writing", call, args)
+    def writing(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
+        """Raises TimeoutError after `seconds`: the call goes on, and those behind it wait for it."""
+        return self._run("writing", call, args, seconds)
 
     def slow(self, call: Callable[..., T], *args: Any) -> T:
-        return self._run("slow", call, args)
+        return self._run("slow", call, args, None)
 
-    def _run(self, name: str, call: Callable[..., T], args: tuple[Any, ...]) -> T:
+    def _run(self, name: str, call: Callable[..., T], args: tuple[Any, ...], seconds: float | None) -> T:
         if not is_patched():
             return call(*args)
         if self._pid != os.getpid():  # pools do not survive a fork
             self._pools, self._pid = {}, os.getpid()
         if name not in self._pools:
             self._pools[name] = ThreadPool(1)
-        result, error = self._pools[name].apply(_caught, (call, args))
+        try:
+            result, error = self._pools[name].spawn(_caught, call, args).get(timeout=seconds)
+        except Timeout as exc:
+            raise TimeoutError("the writer's thread is held up") from exc
         if error is not None:
             raise error
         return result

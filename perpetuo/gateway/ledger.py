@@ -23,7 +23,7 @@ from perpetuo.gateway.access import Caller
 from perpetuo.gateway.bodies import pack
 from perpetuo.gateway.statements import CounterKey, Values
 from perpetuo.gateway.touches import Touches
-from perpetuo.gateway.writer import Row, Snapshot, Writer
+from perpetuo.gateway.writer import LAZY_SECONDS, Row, Snapshot, Writer
 from perpetuo.liveness import ProcessLock
 from perpetuo.models import new_id
 
@@ -93,7 +93,8 @@ class Ledger:
             self.writer.put_lazily(row)
         elif not self._wait(row, ADMISSION_SECONDS, lambda: row.is_open):
             failure = row.failure or self.writer.failure or Unavailable("The database is slow; try again.")
-            self._put_right(row, failure)
+            if not self.writer.withdraw(row):  # it may have been committed: then it says what became of it
+                self.settle(row, refusal(failure), waits=False)
             raise failure
         return row
 
@@ -144,11 +145,9 @@ class Ledger:
         if len(self._refusals) > 10_000:
             self._refusals.clear()
         self._refusals[key] = (second, count, row)
-        if count >= SAMPLED_FROM:
-            self.writer.put_lazily(row, second + 1.01 - time.time())  # once its second is over
-        else:
-            self.writer.put_lazily(row)
-        return row.id
+        # A shared row goes out once its second is over.
+        seconds = LAZY_SECONDS if count < SAMPLED_FROM else second + 1.01 - time.time()
+        return row.id if self.writer.put_lazily(row, seconds) else None
 
     def _opening(self, caller: Caller, values: Values) -> Values:
         return {
@@ -162,11 +161,6 @@ class Ledger:
             "count": 1,
             **values,
         }
-
-    def _put_right(self, row: Row, error: GatewayError) -> None:
-        """The call was refused, but its row may have been committed by then: it is settled as refused."""
-        row.outcome = refusal(error)
-        self.writer.put(row)
 
     def _wait(self, row: Row, seconds: float, is_done: Callable[[], bool]) -> bool:
         event, until = row.expect(), monotonic() + seconds

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
@@ -19,8 +20,10 @@ from perpetuo.errors import GatewayError, Unavailable
 log = logging.getLogger(__name__)
 
 BATCH = 200  # rows a transaction; SQLite takes 32,766 parameters a statement
+BATCH_BYTES = 4 * 1024 * 1024  # of bodies in one: it must fit into a transaction's few seconds
 LAZY_SECONDS = 0.05  # how long a row that nobody waits for may stay in memory
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5)  # while the database is away
+MOST_WAITING = 10_000  # refusals that wait while it is
 
 Values = dict[str, Any]
 
@@ -34,6 +37,7 @@ class Row:
         "is_open",
         "is_settled",
         "is_uncertain",
+        "is_queued",
         "is_taken",
         "due",
         "failure",
@@ -46,7 +50,8 @@ class Row:
         self.is_open = False  # committed as open
         self.is_settled = False  # committed in its final state
         self.is_uncertain = False  # a commit with this row failed midway: it may be there
-        self.is_taken = False
+        self.is_queued = False  # waits for the next commit
+        self.is_taken = False  # was part of a commit, be it a failed one
         self.due = 0.0
         self.failure: GatewayError | None = None
         self._done: threading.Event | None = None
@@ -60,6 +65,17 @@ class Row:
     def is_ending(self) -> bool:
         """Whether its outcome is known, be it committed or not."""
         return self.outcome is not None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the database has all that is known of it."""
+        return self.is_settled or (self.is_open and self.outcome is None)
+
+    @property
+    def size(self) -> int:
+        """Bytes of its bodies."""
+        outcome = self.outcome or {}
+        return len(outcome.get("request_body") or b"") + len(outcome.get("response_body") or b"")
 
     def expect(self) -> threading.Event:
         """An event that is set once what stands in the row now is committed, or has failed for good."""
@@ -93,7 +109,7 @@ class Writer:
         self._after = after  # runs behind each commit, when those who waited for it are served
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._urgent: list[Row] = []
+        self._urgent: deque[Row] = deque()
         self._lazy: list[Row] = []
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -108,17 +124,36 @@ class Writer:
     def put(self, row: Row) -> None:
         """With the next commit."""
         with self._lock:
-            self._urgent.append(row)
+            if not row.is_queued:
+                row.is_queued = True
+                self._urgent.append(row)
         self._wake.set()
 
-    def put_lazily(self, row: Row, seconds: float = LAZY_SECONDS) -> None:
-        """With a commit within `seconds`, unless the row is put urgently before."""
+    def put_lazily(self, row: Row, seconds: float = LAZY_SECONDS) -> bool:
+        """With a commit within `seconds`, unless the row is put urgently before.
+
+        False where too many wait already, as they do while the database is away.
+        """
         row.due = monotonic() + seconds
         with self._lock:
+            if self.failure is not None and len(self._lazy) >= MOST_WAITING:
+                return False
             self._lazy.append(row)
             is_first = len(self._lazy) == 1
         if is_first:
             self._wake.set()
+        return True
+
+    def withdraw(self, row: Row) -> bool:
+        """Takes back a row that was put; False where it was part of a commit and so may be there."""
+        with self._lock:
+            if row.is_taken:
+                return False
+            if row.is_queued:
+                self._urgent.remove(row)
+                row.is_queued = False
+            row.is_taken = True  # so that its lazy place is passed over
+            return True
 
     def count(self, row: Row) -> bool:
         """Counts one more call into a row that still waits; False where it is already on its way."""
@@ -150,24 +185,26 @@ class Writer:
 
     def _take(self) -> list[Row]:
         """The rows to write now: those somebody waits for, and the lazy ones whose time has come."""
+        rows: list[Row] = []
+        size = 0
         with self._lock:
-            urgent, self._urgent = self._urgent[:BATCH], self._urgent[BATCH:]
             moment = monotonic()
-            lazy: list[Row] = []
-            due: list[Row] = []
-            for row in self._lazy:
-                if row.is_taken:
-                    continue
-                (due if row.due <= moment or self._closing else lazy).append(row)
-            self._lazy = lazy + due[BATCH - len(urgent) :]
-            rows = list(dict.fromkeys(urgent + due[: BATCH - len(urgent)]))
-            for row in rows:
-                row.is_taken = True
-            return rows
+            for row in [row for row in self._lazy if row.due <= moment or self._closing]:
+                if not row.is_taken and not row.is_queued:
+                    row.is_queued = True
+                    self._urgent.append(row)
+            self._lazy = [row for row in self._lazy if not row.is_taken and not row.is_queued]
+            while self._urgent and len(rows) < BATCH and (not rows or size < BATCH_BYTES):
+                row = self._urgent.popleft()
+                row.is_queued, row.is_taken = False, True
+                size += row.size
+                rows.append(row)
+        return rows
 
     def _write(self, rows: list[Row]) -> None:
+        """Returns once each row is written or has failed for good; not while the database is away."""
         for attempt in itertools.count():
-            snapshots = [Snapshot(row) for row in rows if not _is_done(row)]
+            snapshots = [Snapshot(row) for row in rows if not row.is_done]
             try:
                 if snapshots:
                     self._commit(snapshots)
@@ -179,41 +216,63 @@ class Writer:
                     log.error("%d log rows could not be committed before the end", len(snapshots))
                     return
                 sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+                rows = self._halve(rows)  # it may have been too large for its time
                 continue
             except Exception:
                 log.exception("a batch of %d log rows failed; writing them one by one", len(snapshots))
                 for snapshot in snapshots:
                     self._write_alone(snapshot.row)
-                snapshots = []
-            self.failure = None
-            for snapshot in snapshots:
-                _finish(snapshot)
-            for row in rows:
-                row.wake()
-            self._after()
-            return
+            else:
+                self.failure = None
+                for snapshot in snapshots:
+                    _finish(snapshot)
+            break
+        for row in rows:
+            row.wake()
+        self._run_after()
+
+    def _halve(self, rows: list[Row]) -> list[Row]:
+        """The first half; the others wait at the head of the queue."""
+        half = max(1, len(rows) // 2)
+        with self._lock:
+            for row in reversed(rows[half:]):
+                if not row.is_queued:
+                    row.is_queued = True
+                    self._urgent.appendleft(row)
+        return rows[:half]
 
     def _write_alone(self, row: Row) -> None:
-        """One poison row must not take others with it: it is stored without what a database may refuse."""
+        """One poison row must not take others with it: it is stored without what a database may refuse.
+
+        Its settle is never given up: in the end it says only that something went wrong.
+        """
         row.is_uncertain = True
-        for bare in (False, True):
-            snapshot = Snapshot(row)
-            if bare:
-                snapshot.values = {**snapshot.values, **_without_texts(snapshot.values)}
-            try:
-                self._commit([snapshot])
-            except Exception as exc:
-                log.exception("the log row %s failed%s", row.id, " even without its texts" if bare else "")
-                unlogged = Unavailable("The call could not be logged.")
-                row.failure = exc if isinstance(exc, GatewayError) else unlogged
-            else:
-                row.failure = None
-                _finish(snapshot)
-                return
+        failure = Unavailable("The call could not be logged.")
+        for spare in (_nothing, _texts, _all_but_its_end):
+            while True:
+                snapshot = Snapshot(row)
+                snapshot.values = {**snapshot.values, **spare(snapshot)}
+                try:
+                    self._commit([snapshot])
+                except Unavailable as exc:
+                    self.failure = exc
+                    if self._closing:
+                        return
+                    sleep(RETRY_SECONDS[-1])
+                except Exception:
+                    log.exception("the log row %s failed", row.id)
+                    break
+                else:
+                    self.failure = None
+                    _finish(snapshot)
+                    return
+        row.failure = failure
 
-
-def _is_done(row: Row) -> bool:
-    return row.is_settled or (row.is_open and row.outcome is None)
+    def _run_after(self) -> None:
+        try:
+            self._after()
+        except Exception:  # this thread must outlive whatever it meets
+            log.exception("what follows a commit failed")
 
 
 def _finish(snapshot: Snapshot) -> None:
@@ -226,6 +285,21 @@ def _finish(snapshot: Snapshot) -> None:
         row.is_open = True
 
 
-def _without_texts(values: Values) -> Values:
+def _nothing(_: Snapshot) -> Values:
+    return {}
+
+
+def _texts(snapshot: Snapshot) -> Values:
     texts = ("preview_prompt", "preview_answer", "error_message", "end_user", "attempts", "checks")
-    return {name: None for name in (*texts, "request_body", "response_body") if name in values}
+    return {name: None for name in (*texts, "request_body", "response_body") if name in snapshot.values}
+
+
+def _all_but_its_end(snapshot: Snapshot) -> Values:
+    if not snapshot.is_final:
+        return _texts(snapshot)
+    return {
+        **_texts(snapshot),
+        "status": "error",
+        "error_type": "server_error",
+        "error_code": "internal_error",
+    }

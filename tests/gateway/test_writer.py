@@ -3,7 +3,7 @@ import threading
 import pytest
 
 from perpetuo.db import CommitUncertain
-from perpetuo.errors import InvalidRequest, Unavailable
+from perpetuo.errors import Unavailable
 from perpetuo.gateway import writer as writer_module
 from perpetuo.gateway.writer import Row, Writer
 
@@ -16,6 +16,7 @@ class Books:
     def __init__(self):
         self.batches = []
         self.failures = []
+        self.values = {}
         self.gate = threading.Event()
         self.gate.set()
         self.is_inside = threading.Event()
@@ -23,8 +24,10 @@ class Books:
     def commit(self, snapshots):
         self.is_inside.set()
         assert self.gate.wait(10)
-        if self.failures:
-            raise self.failures.pop(0)
+        failure = self.failures.pop(0) if self.failures else None
+        if failure is not None:
+            raise failure
+        self.values |= {snapshot.row.id: snapshot.values for snapshot in snapshots}
         self.batches.append([(snapshot.row.id, snapshot.is_final) for snapshot in snapshots])
 
     @property
@@ -185,7 +188,7 @@ def test_a_batch_that_fails_for_another_reason_is_written_row_by_row(writer, boo
 
 
 def test_a_row_that_fails_even_without_its_texts_has_failed(writer, books):
-    books.failures = [ValueError("poison")] * 3
+    books.failures = [ValueError("poison")] * 4
     poison = row("a", {**OK, "error_message": "x"})
     put_and_wait(writer, poison)
     assert poison.failure.code == "unavailable"
@@ -194,11 +197,62 @@ def test_a_row_that_fails_even_without_its_texts_has_failed(writer, books):
     assert books.ids == [["b"]]
 
 
-def test_an_error_of_ours_is_what_a_failed_row_tells(writer, books):
-    books.failures = [InvalidRequest("no", code="why")] * 3
-    failed = row("a", OK)
-    put_and_wait(writer, failed)
-    assert failed.failure.code == "why"
+def test_a_settle_that_is_refused_ends_at_least_as_an_error(writer, books):
+    books.failures = [ValueError("poison")] * 3
+    poison = row("a", {**OK, "error_message": "x"})
+    put_and_wait(writer, poison)
+    assert poison.is_settled
+    assert books.values["a"]["status"] == "error"
+
+
+def test_a_database_away_loses_no_row_that_is_written_alone(writer, books):
+    books.failures = [ValueError("poison"), Unavailable("away"), Unavailable("away")]
+    rows = [row("a", OK), row("b", OK)]
+    put_and_wait(writer, *rows)
+    assert all(written.is_settled for written in rows)
+    assert writer.failure is None
+
+
+def test_a_batch_is_bounded_in_bytes(writer, books, monkeypatch):
+    monkeypatch.setattr(writer_module, "BATCH_BYTES", 1000)
+    books.gate.clear()
+    put = [row("first", OK)]
+    writer.put(put[0])
+    assert books.is_inside.wait(10)
+    put += [row(name, {**OK, "request_body": b"x" * 600}) for name in "abcd"]
+    waiting = [written.expect() for written in put[1:]]
+    for written in put[1:]:
+        writer.put(written)
+    books.gate.set()
+    assert all(event.wait(10) for event in waiting)
+    assert books.ids == [["first"], ["a", "b"], ["c", "d"]]
+
+
+def test_a_batch_too_large_for_its_time_is_halved(writer, books):
+    books.gate.clear()
+    put = [row(name, OK) for name in "xabcd"]
+    for written in put:
+        writer.put(written)
+        assert books.is_inside.wait(10)
+    books.failures = [None, Unavailable("too slow"), Unavailable("too slow")]
+    waiting = [written.expect() for written in put]
+    books.gate.set()
+    assert all(event.wait(10) for event in waiting)
+    assert sorted(sum(books.ids, [])) == ["a", "b", "c", "d", "x"]
+    assert books.ids[:2] == [["x"], ["a"]]
+
+
+def test_a_row_is_withdrawn_only_before_its_first_commit(writer, books):
+    books.gate.clear()
+    taken, waits = row("a", OK), row("b")
+    writer.put(taken)
+    assert books.is_inside.wait(10)
+    writer.put(waits)
+    assert not writer.withdraw(taken)
+    assert writer.withdraw(waits)
+    books.gate.set()
+    put_and_wait(writer, row("c", OK))
+    assert books.ids == [["a"], ["c"]]
 
 
 def test_a_settled_row_lets_go_of_what_it_held(writer):

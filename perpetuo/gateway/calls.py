@@ -7,6 +7,7 @@ commands) the waits themselves keep the deadlines, and nothing watches the clien
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import threading
@@ -23,6 +24,7 @@ from gevent.socket import wait_read
 from perpetuo.errors import Unavailable
 from perpetuo.native import is_patched
 
+WRITE_SECONDS = 30.0  # for a client to take what is written to it
 FAIR_SECONDS = 0.001  # a stream that never waits lets others run after this long
 
 
@@ -98,8 +100,10 @@ class Call:
         self.reason: str | None = None
         self.total_until = monotonic() + total_seconds
         self._until, self._name = self.total_until, "total"
+        self._rings_at = self.total_until
         self._calls = calls
         self._inside = False
+        self._writing = False
         self._fair_until = monotonic() + FAIR_SECONDS
         self._greenlet: Any = None
         self._io: Any = None
@@ -125,9 +129,8 @@ class Call:
         until = monotonic() + seconds
         if until >= self.total_until:
             until, name = self.total_until, "total"
-        is_sooner = until < self._until
         self._until, self._name = until, name
-        if is_sooner and self._timer is not None:  # a later deadline is met when the timer fires too soon
+        if until < self._rings_at:  # a later deadline is met when the timer rings too soon
             self._arm()
 
     def remaining(self) -> float:
@@ -148,6 +151,14 @@ class Call:
             raise Aborted(self._name)
         return is_ready
 
+    def begin_write(self) -> None:
+        """The client is being written to; one that does not read is taken for gone after a while."""
+        self.allow(WRITE_SECONDS, "client_stalled")
+        self._writing = True
+
+    def end_write(self) -> None:
+        self._writing = False
+
     def breathe(self) -> None:
         """Lets others run where this call has not waited for a while: gevent does not switch by itself."""
         if self._greenlet is not None and monotonic() > self._fair_until:
@@ -157,8 +168,13 @@ class Call:
     def fire(self, reason: str) -> None:
         """Ends the call. Only from the hub, or without gevent."""
         self.reason = self.reason or reason
-        if self._inside and self._greenlet is not None:
+        if self._greenlet is None:
+            return
+        if self._inside:
             self._greenlet.throw(Aborted(reason))
+        elif self._writing:  # it waits for a client that does not read: the server takes this for its leaving
+            self._writing = False
+            self._greenlet.throw(BrokenPipeError(errno.EPIPE, "the client does not read"))
 
     def fire_soon(self, reason: str) -> None:
         """The same from any greenlet."""
@@ -201,14 +217,19 @@ class Call:
         """In the hub: the timer rang. Deadlines move with every event, so it may have rung too soon."""
         if self._timer is None:
             return
-        if monotonic() >= self._until:
-            self.fire(self._name)
-        else:
+        if monotonic() < self._until:
             self._arm()
+        elif self._inside or self._writing or self._name == "total":
+            self.fire(self._name)
+        else:  # between two waits: the next one says what it allows
+            self._rings_at = float("inf")
 
     def _arm(self) -> None:
+        if self._timer is None:
+            return
         self._timer.stop()
         self._timer.close()
+        self._rings_at = self._until
         self._timer = get_hub().loop.timer(self.remaining())
         self._timer.start(self._on_time)
 

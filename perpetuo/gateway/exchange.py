@@ -6,11 +6,14 @@ end them. Every foreign exception becomes an UpstreamError in `translated`.
 
 from __future__ import annotations
 
+import http.client
+import re
 import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.client import HTTPException, RemoteDisconnected
 from time import monotonic
 from typing import Any
@@ -19,8 +22,9 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from urllib3.response import HTTPResponse
 
 from perpetuo.config import Settings
+from perpetuo.db import storable
 from perpetuo.errors import UpstreamError
-from perpetuo.gateway.calls import Call
+from perpetuo.gateway.calls import Aborted, Call
 from perpetuo.gateway.network import Pool, origin_of
 from perpetuo.gateway.router import Target
 from perpetuo.providers.base import UpstreamRequest
@@ -29,6 +33,8 @@ READ_BYTES = 65536
 END_SECONDS = 0.005  # after [DONE] the end of the body mostly comes in the next packet
 # What of an upstream's headers the client may see; all else stays here.
 PASSED = ("openai-processing-ms", "openai-version")
+RATE_LIMIT = re.compile(r"x-ratelimit-[a-z0-9-]{1,60}")
+BODILESS = (204, 205, 304)  # some servers send a body all the same
 
 
 @dataclass(slots=True)
@@ -51,9 +57,14 @@ class Attempt:
         return {
             "provider": self.target.key.provider,
             "provider_key_id": self.target.key.id,
-            "model": self.target.model,
+            "model": storable(self.target.model),
             "http_status": self.http_status,
-            "error": error and {"type": error.type, "code": error.code, "message": error.message},
+            "error": error
+            and {
+                "type": storable(error.type),
+                "code": storable(error.code) if error.code else None,
+                "message": storable(error.message),
+            },
             "duration_ms": round(self.seconds * 1000, 1),
         }
 
@@ -81,6 +92,13 @@ class Exchange:
         self._response: HTTPResponse | None = None
         self._is_reused = False
         self._is_whole = False
+        self._head: Any = None  # the buffer that the answer is read through, where it had to be made early
+        self._patience = (settings.total_timeout, "total")  # between the request and its answer's head
+
+    def allow(self, seconds: float, name: str) -> None:
+        """How long the head may take, also if the request has to be sent again."""
+        self._patience = (seconds, name)
+        self._call.allow(seconds, name)
 
     def send(self, *, fresh: bool = False) -> None:
         """Connects and sends the request."""
@@ -90,25 +108,23 @@ class Exchange:
         with self._call:
             if self._connection.sock is None:
                 self._connection.connect()
-        self._call.allow(self._settings.total_timeout, "total")
+        self._call.allow(*self._patience)
         self._connection.timeout = self._call.remaining()
         try:
             with self._call:
                 self._connection.request(
                     request.method, self._path, request.body, request.headers, preload_content=False
                 )
-        except (ConnectionResetError, BrokenPipeError):
-            if not self._is_reused:
-                raise
-            self._send_again()
+        except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
+            # A server that will not read on may have said why: the head tells, or its absence.
+            if self._is_reused:
+                self._send_again()
 
     def await_head(self, seconds: float | None) -> bool:
         """Whether status and headers are there within `seconds` (None: before the deadline)."""
         if self._response is not None:
             return True
-        if not self._call.wait_readable(
-            self._connection.sock, max(seconds or 0.0, 0.0) if seconds is not None else 1e6
-        ):
+        if not self._is_answered(1e6 if seconds is None else max(seconds, 0.0)):
             return False
         self._connection.timeout = self._call.remaining()
         try:
@@ -127,6 +143,25 @@ class Exchange:
             self._attempts[-1].http_status = self.status
             self._attempts[-1].headers = self._client_headers()
         return True
+
+    def _is_answered(self, seconds: float) -> bool:
+        """Whether the answer has begun. Under TLS a readable socket may hold no more than session tickets."""
+        connection, until = self._connection, monotonic() + seconds
+        while self._call.wait_readable(connection.sock, max(until - monotonic(), 0.0)):
+            if self._origin[0] != "https":
+                return True
+            if self._head is None:
+                self._head = connection.sock.makefile("rb")
+                connection.response_class = partial(PreparedResponse, prepared=self._head)
+            connection.sock.settimeout(0.0)
+            try:
+                self._head.peek(1)
+                return True
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                connection.sock.settimeout(self._call.remaining())
+        return False
 
     def wait(self, seconds: float) -> bool:
         """Whether there is something to read within `seconds`, be it the end."""
@@ -177,9 +212,12 @@ class Exchange:
                 self._connection.sock and self._connection.sock.settimeout(0.05)
                 if len(self.read()) > 0:
                     break  # something follows the end: not a connection to use again
-        except (UpstreamError, HTTPError, HTTPException, OSError):
+        except (Aborted, UpstreamError, HTTPError, HTTPException, OSError):
             pass
-        if self._is_whole and self._connection is not None and self._connection.sock is not None:
+        if not self._is_whole or self._connection is None or self._connection.sock is None:
+            return
+        # Behind an interim answer (103) the real one follows, on this connection: it is nobody else's.
+        if self.status is not None and self.status >= 200 and self.status not in BODILESS:
             self._pool.give(self._origin, self._connection)
             self._connection = None
 
@@ -207,6 +245,7 @@ class Exchange:
     def _send_again(self) -> None:
         """The upstream may have worked for the request that was lost, so it stays an attempt of its own."""
         self._connection.close()
+        self._head = None
         if self._attempts:
             lost = self._attempts[-1]
             lost.ended = monotonic()
@@ -217,8 +256,17 @@ class Exchange:
         self.send(fresh=True)
 
 
+class PreparedResponse(http.client.HTTPResponse):
+    """An answer read through a buffer that was there before it."""
+
+    def __init__(self, sock: socket.socket, *args: Any, prepared: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.fp.close()
+        self.fp = prepared
+
+
 def _is_passed(name: str) -> bool:
-    return name in PASSED or name.startswith("x-ratelimit-")
+    return name in PASSED or RATE_LIMIT.fullmatch(name) is not None
 
 
 def _is_plain(value: str) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from urllib.parse import quote
 
+from perpetuo.db import storable
 from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.bodies import pack
@@ -107,7 +108,7 @@ class Journey:
         return {
             **passed,
             "x-perpetuo-provider": self.target.key.provider,
-            "x-perpetuo-model": quote(self.target.model[:200], safe=VISIBLE),
+            "x-perpetuo-model": quote(storable(self.target.model)[:200], safe=VISIBLE),
             "x-perpetuo-attempts": str(len(self.attempts)),
         }
 

@@ -96,6 +96,17 @@ class Sweep:
         return self._ledger.database.read(select)
 
     def _settle(self, rows: list[Values]) -> int:
+        try:
+            return self._settle_together(rows)
+        except Unavailable:
+            raise
+        except Exception:
+            if len(rows) == 1:
+                raise
+            log.exception("%d orphans could not be settled together", len(rows))
+            return sum(self._settle([row]) for row in rows)  # one poison row must not keep the others
+
+    def _settle_together(self, rows: list[Values]) -> int:
         def settle(connection: Connection) -> int:
             finished_at = self._ledger.database.now(connection)
             snapshots = [_interrupted(values, finished_at) for values in rows]

@@ -176,7 +176,7 @@ class Stream:
         quiet_until = monotonic() + KEEP_ALIVE_SECONDS
         context = self._upstream._exchange(call, self._target, self._request, self._secret, self._attempts)
         with context as exchange:
-            call.allow(settings.first_byte_timeout, "first_byte")
+            exchange.allow(settings.first_byte_timeout, "first_byte")
             while not exchange.await_head(quiet_until - monotonic()):
                 yield None
                 quiet_until = monotonic() + KEEP_ALIVE_SECONDS
@@ -193,6 +193,8 @@ class Stream:
                         call.allow(settings.idle_timeout, "idle")
                     if events:
                         yield b"".join(events)
+                        # The time that the client took to read is not the upstream's silence.
+                        call.allow(settings.idle_timeout, "idle")
                         quiet_until = monotonic() + KEEP_ALIVE_SECONDS
                         call.breathe()
                         continue

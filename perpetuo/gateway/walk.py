@@ -13,10 +13,10 @@ from time import monotonic
 from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing
 from perpetuo.db import UNMIGRATED, Database, storable
-from perpetuo.errors import GatewayError, Unavailable
+from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.access import Access, Caller
-from perpetuo.gateway.calls import Aborted, Calls
+from perpetuo.gateway.calls import Aborted, Call, Calls
 from perpetuo.gateway.intake import Asked
 from perpetuo.gateway.journey import UNLOGGED, Answer, Journey, Refused, error_of
 from perpetuo.gateway.ledger import Ledger
@@ -31,6 +31,7 @@ from perpetuo.providers.jsonbody import write_json
 log = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+BODY_SECONDS = 60.0
 KEEP_ALIVE = b": keep-alive\n\n"
 
 
@@ -92,7 +93,7 @@ def walk(
     call, kept = None, None
     try:
         call = gateway.calls.begin(caller.workspace_id, gateway.settings.total_timeout)
-        body = read_body()
+        body = _read(call, read_body)
         fields = intake.parse(body)
         values |= intake.legible(fields, endpoint, keeps_bodies=keeps_bodies)
         kept = body if keeps_bodies else None
@@ -108,6 +109,23 @@ def walk(
     call.watch(client)
     journey = Journey(gateway.ledger, gateway.upstream, call, asked, targets[0], row, keeps_bodies, began)
     return _stream(journey) if asked.is_stream else _send(journey)
+
+
+def _read(call: Call, read_body: Callable[[], bytes]) -> bytes:
+    """The client's body, within a minute: a stalled upload must not keep its place for ever."""
+    call.allow(BODY_SECONDS, "body")
+    try:
+        with call:
+            return read_body()
+    except Aborted as exc:
+        if exc.reason not in ("body", "total"):
+            raise error_of(exc)[0] from exc
+        raise InvalidRequest(
+            "The body did not arrive in time.",
+            status=408,
+            code="request_timeout",
+            headers={"connection": "close"},
+        ) from exc
 
 
 def _opening(target: Target, asked: Asked) -> Values:
@@ -148,7 +166,7 @@ def _send(journey: Journey) -> Answer:
     try:
         journey.answered(answer.usage, answer.text, lambda: answer.body)
     except Unavailable as exc:
-        raise Refused(exc, None, journey.headers()) from exc
+        raise Refused(exc, journey.row.id, journey.headers()) from exc
     return Answer(journey.row.id, journey.headers(), body=answer.body)
 
 
@@ -177,14 +195,16 @@ def _pieces(journey: Journey) -> Generator[bytes]:
             if not journey.is_answering:
                 journey.ledger.ensure_open(journey.row)
                 journey.is_answering = True
-            if piece is None:
-                yield KEEP_ALIVE
-                continue
-            journey.first_content = journey.first_content or monotonic()
-            yield piece
+            if piece is not None:
+                journey.first_content = journey.first_content or monotonic()
+            journey.call.begin_write()
+            yield KEEP_ALIVE if piece is None else piece
+            journey.call.end_write()
         journey.answered(reader.usage(), reader.text(), reader.completion)
         yield DONE
     except GeneratorExit:
+        if events is not None:
+            events.close()  # first of all: the upstream must not talk on while we wait for the database
         if not journey.row.is_ending:
             _client_left(journey, reader)
         raise

@@ -459,7 +459,7 @@ def assert_nothing_goes_out_while(away, code, retry_after, ask, gateway, upstrea
 @on("sqlite")
 def test_a_locked_database_is_unavailable(impatient, ask, gateway, upstream, logs):
     assert_nothing_goes_out_while(locked, "unavailable", "1", ask, gateway, upstream)
-    assert [(row["status"], row["error_code"]) for row in logs()][2:] == [("refused", "unavailable")]
+    assert logs()[2:] == []
     assert ask().status_code == 200
 
 

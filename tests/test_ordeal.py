@@ -16,7 +16,7 @@ from tests.tenants import new_tenant
 
 SEEDS = [int(os.environ["PERPETUO_SEED"])] if "PERPETUO_SEED" in os.environ else [1, 2]
 MANY_SEEDS = SEEDS if "PERPETUO_SEED" in os.environ else range(100, 112)
-SECONDS, MANY_SECONDS = 5.0, 30.0
+SECONDS, MANY_SECONDS = 5.0, 12.0
 
 
 def put_through(database_url, folder, seed, seconds, strike_at, served_url=None):

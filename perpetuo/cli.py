@@ -12,8 +12,7 @@ import click
 from flask import Flask, current_app
 from flask.cli import with_appcontext
 
-from perpetuo import accounts, checks
-from perpetuo.config import new_secrets
+from perpetuo import accounts, checks, made_secrets
 from perpetuo.errors import GatewayError
 from perpetuo.gateway import audit, retention
 from perpetuo.gateway.walk import Gateway
@@ -50,7 +49,7 @@ def _told(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command("secrets")
 def print_secrets() -> None:
     """Print a fresh SECRET_KEY and ENCRYPTION_KEYS for .env."""
-    for name, value in new_secrets().items():
+    for name, value in made_secrets.fresh().items():
         click.echo(f"{name}={value}")
 
 

@@ -10,8 +10,6 @@ import base64
 import binascii
 import ipaddress
 import os
-import secrets
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,8 @@ from urllib.parse import urlsplit
 from dotenv import dotenv_values
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
+
+from perpetuo import made_secrets
 
 ROOT = Path(__file__).parent.parent  # where migrations/ stands
 MINIMUM_SECRET = 32  # characters; OWASP ASVS 5.0 asks for 128 bits, this is twice that even in hex
@@ -288,24 +288,13 @@ def _refuse_unsafe(settings: Settings, read: _Reader) -> None:
         read.faults.append("SECRET_KEY, ENCRYPTION_KEYS and PERPETUO_METRICS_TOKEN must all differ.")
 
 
-def new_secrets() -> dict[str, str]:
-    """A fresh `SECRET_KEY` and `ENCRYPTION_KEYS`, as they stand in `.env`."""
-    name = secrets.token_hex(2)
-    return {
-        "SECRET_KEY": secrets.token_urlsafe(48),
-        "ENCRYPTION_KEYS": f"k{name}:{base64.b64encode(secrets.token_bytes(32)).decode()}",
-    }
-
-
 def _local_secrets(data: Path, read: _Reader) -> dict:
     """The secrets of local mode, made by whichever process comes first and read by all."""
     if read.text("SECRET_KEY", "") and read.text("ENCRYPTION_KEYS", ""):
         return {}
     path = data / "secrets.env"
     try:
-        if not path.exists():
-            _write_once(path, "".join(f"{name}={value}\n" for name, value in new_secrets().items()))
-        kept = _Reader({name: value or "" for name, value in dotenv_values(path).items()})
+        kept = _Reader(made_secrets.read(path))
     except OSError as exc:
         read.faults.append(f"PERPETUO_DATA: the secrets in {path} cannot be read or made ({exc.strerror}).")
         return {}
@@ -313,18 +302,3 @@ def _local_secrets(data: Path, read: _Reader) -> dict:
     if not all(made.values()):
         read.faults.append(f"{path} is damaged: restore it, since it opens the stored provider keys.")
     return made
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Writes a file with mode 0600 that appears whole or not at all; an existing one stays."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # prompts will be in it too
-    handle, name = tempfile.mkstemp(dir=path.parent)  # mkstemp gives 0600
-    try:
-        os.write(handle, text.encode())
-        os.fsync(handle)
-        os.link(name, path)  # fails where another process was first
-    except FileExistsError:
-        pass
-    finally:
-        os.close(handle)
-        os.unlink(name)

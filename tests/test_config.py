@@ -5,7 +5,8 @@ import stat
 
 import pytest
 
-from perpetuo.config import SettingsError, load, new_secrets
+from perpetuo.config import SettingsError, load
+from perpetuo.made_secrets import fresh
 
 KEY = "3q9vYkR7cWm2ZsXf8TbLh5DnJp4GxQaE"
 SEALING = base64.b64encode(bytes(range(32))).decode()
@@ -231,5 +232,5 @@ def test_processes_that_start_together_have_the_same_secrets(tmp_path):
 
 
 def test_fresh_secrets_are_good_enough_for_production():
-    assert load({**PRODUCTION, **new_secrets()}).is_production
-    assert new_secrets() != new_secrets()
+    assert load({**PRODUCTION, **fresh()}).is_production
+    assert fresh() != fresh()

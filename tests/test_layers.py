@@ -6,7 +6,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "perpetuo"
 FLOORS = [
-    {"config", "errors", "crypto", "schemas", "fields", "periods", "throttle", "wire"},
+    {"config", "made_secrets", "errors", "crypto", "schemas", "fields", "periods", "throttle", "wire"},
     {"providers", "pricing"},
     {"db", "engines", "native", "liveness", "models"},
     {"gateway", "accounts", "listing", "reports", "usage"},

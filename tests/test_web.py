@@ -6,8 +6,9 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from perpetuo import create_app, guard, web
-from perpetuo.config import load, new_secrets
+from perpetuo.config import load
 from perpetuo.errors import Unavailable
+from perpetuo.made_secrets import fresh
 from tests.people import Browser, Person
 
 HTML = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -102,7 +103,7 @@ def test_other_hosts_are_refused_everywhere_but_in_the_gateway(app: Flask, host:
 
 
 def test_production_serves_its_public_host_only(tmp_path):
-    environ = {"PERPETUO_ENV": "production", "PUBLIC_URL": "https://gate.test", **new_secrets()}
+    environ = {"PERPETUO_ENV": "production", "PUBLIC_URL": "https://gate.test", **fresh()}
     settings = load({**environ, "DATABASE_URL": f"sqlite:///{tmp_path}/x.db"})
     client = create_app(settings).test_client()
     statuses = {

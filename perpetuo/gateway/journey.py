@@ -17,9 +17,9 @@ from perpetuo.gateway.exchange import Attempt
 from perpetuo.gateway.intake import Asked
 from perpetuo.gateway.ledger import NO_USAGE, Ledger, error_values
 from perpetuo.gateway.router import Target
+from perpetuo.gateway.rows import Row
 from perpetuo.gateway.statements import Values
 from perpetuo.gateway.upstream import Upstream
-from perpetuo.gateway.writer import Row
 from perpetuo.providers.base import Usage
 
 log = logging.getLogger(__name__)

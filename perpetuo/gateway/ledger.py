@@ -21,9 +21,10 @@ from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import statements
 from perpetuo.gateway.access import Caller
 from perpetuo.gateway.bodies import pack
+from perpetuo.gateway.rows import Row, Snapshot
 from perpetuo.gateway.statements import CounterKey, Values
 from perpetuo.gateway.touches import Touches
-from perpetuo.gateway.writer import LAZY_SECONDS, Row, Snapshot, Writer
+from perpetuo.gateway.writer import LAZY_SECONDS, Writer
 from perpetuo.liveness import ProcessLock
 from perpetuo.models import new_id
 

@@ -16,8 +16,8 @@ from sqlalchemy.engine import Connection
 
 from perpetuo.errors import Unavailable
 from perpetuo.gateway.ledger import Ledger
+from perpetuo.gateway.rows import Row, Snapshot
 from perpetuo.gateway.statements import Values
-from perpetuo.gateway.writer import Row, Snapshot
 from perpetuo.models import RequestLog
 
 log = logging.getLogger(__name__)

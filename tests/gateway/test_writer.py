@@ -5,7 +5,8 @@ import pytest
 from perpetuo.db import CommitUncertain
 from perpetuo.errors import Unavailable
 from perpetuo.gateway import writer as writer_module
-from perpetuo.gateway.writer import Row, Writer
+from perpetuo.gateway.rows import Row
+from perpetuo.gateway.writer import Writer
 
 OK = {"status": "ok"}
 

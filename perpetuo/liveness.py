@@ -7,9 +7,9 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.engine import Connection
+from sqlalchemy.exc import SQLAlchemyError
 
 from perpetuo.db import READ_SECONDS, Database, translated
 from perpetuo.engines import deadline
@@ -25,7 +25,7 @@ class ProcessLock:
     def __init__(self, database: Database, owner: int) -> None:
         self.owner = owner
         self._database = database
-        self._connection: Any = None
+        self._connection: Connection | None = None
         self._handle: int | None = None
 
     def hold(self) -> None:
@@ -39,12 +39,17 @@ class ProcessLock:
                 if self._connection is not None:
                     self._connection.exec_driver_sql("select 1")
                     return
-            except DBAPIError:
+            except SQLAlchemyError:
                 self.release()
-            self._connection = self._database.writer.execution_options(isolation_level="AUTOCOMMIT").connect()
-            self._connection.detach()  # lives and dies with this process, outside the pool
-            # A fresh session may find its predecessor still dying: the lock is shared with nobody else.
-            self._connection.exec_driver_sql(f"select pg_advisory_lock_shared({self.owner})")
+            connection = self._database.writer.execution_options(isolation_level="AUTOCOMMIT").connect()
+            connection.detach()  # lives and dies with this process, outside the pool
+            try:
+                # A fresh session may find its predecessor still dying: the lock is shared with nobody else.
+                connection.exec_driver_sql(f"select pg_advisory_lock_shared({self.owner})")
+            except BaseException:  # not ours before the lock is: whoever asks next begins anew
+                _close(connection)
+                raise
+            self._connection = connection
 
     def living(self, owners: Iterable[int]) -> set[int]:
         """Those of `owners` whose processes live."""
@@ -61,8 +66,7 @@ class ProcessLock:
             os.close(self._handle)
             self._handle = None
         if self._connection is not None:
-            with suppress(DBAPIError):
-                self._connection.close()
+            _close(self._connection)
             self._connection = None
 
     def _lock_file(self) -> int | None:
@@ -95,6 +99,11 @@ class ProcessLock:
             return False
         finally:
             os.close(handle)
+
+
+def _close(connection: Connection) -> None:
+    with suppress(SQLAlchemyError):
+        connection.close()
 
 
 LIVING = """

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gevent.monkey import is_module_patched
+from gevent.monkey import get_original, is_module_patched
 from gevent.threadpool import ThreadPool
 from gevent.timeout import Timeout
 
 T = TypeVar("T")
 
+LOOKUPS = 64  # names looked up at a time
+THREADS = {"names": LOOKUPS}  # by pool, elsewhere one
+
 
 class Native:
-    """Native threads for what would stop the event loop: SQLite's commits and slow hashes.
+    """Native threads for what would stop the event loop: SQLite's commits, slow hashes and host names.
 
-    Under gevent one thread each; elsewhere the call runs where it is.
+    Under gevent one thread each, for names LOOKUPS; elsewhere the call runs where it is.
     """
 
     def __init__(self) -> None:
@@ -33,13 +37,19 @@ class Native:
     def slow(self, call: Callable[..., T], *args: Any) -> T:
         return self._run("slow", call, args, None)
 
+    def look_up(self, host: str) -> list[tuple[Any, ...]]:
+        """The addresses of `host`, as getaddrinfo gives them, without a port."""
+        # Not gevent's own getaddrinfo: its pool of ten threads is shared with whoever else resolves.
+        look_up: Callable[..., list[tuple[Any, ...]]] = get_original("socket", "getaddrinfo")
+        return self._run("names", look_up, (host, None, 0, socket.SOCK_STREAM), None)
+
     def _run(self, name: str, call: Callable[..., T], args: tuple[Any, ...], seconds: float | None) -> T:
         if not is_patched():
             return call(*args)
         if self._pid != os.getpid():  # pools do not survive a fork
             self._pools, self._pid = {}, os.getpid()
         if name not in self._pools:
-            self._pools[name] = ThreadPool(1)
+            self._pools[name] = ThreadPool(THREADS.get(name, 1))
         try:
             result, error = self._pools[name].spawn(_caught, call, args).get(timeout=seconds)
         except Timeout as exc:

@@ -14,7 +14,7 @@ from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing, Unreadable
 from perpetuo.errors import NotFound
 from perpetuo.fields import is_storable
-from perpetuo.gateway import network
+from perpetuo.gateway import destinations
 from perpetuo.gateway.walk import Gateway
 from perpetuo.models import ProviderKey, new_id
 from perpetuo.providers.catalog import CATALOG
@@ -163,7 +163,7 @@ def _resolve(settings: Settings, provider: str, base_url: str | None) -> str:
         if entry.base_url is None:
             raise schemas.invalid("base_url", f"The provider {provider} needs a base_url.")
         return entry.base_url
-    fault = network.base_url_fault(base_url, settings)
+    fault = destinations.base_url_fault(base_url, settings)
     if fault:
         raise schemas.invalid("base_url", fault)
     return base_url.rstrip("/")

@@ -1,15 +1,11 @@
-"""Which addresses may be called, and the connections to them: guarded, pooled, without redirects or proxies.
-
-A base URL comes from a workspace's owner, so what counts is the address that is connected to, never how it
-was spelt: a name is resolved once, every answer is checked, and the checked address is the one dialled.
-"""
+"""The connections to upstreams: to checked addresses only, pooled, without redirects or proxies."""
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 import ssl
 import threading
+from collections import OrderedDict, deque
 from time import monotonic
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,98 +14,24 @@ import certifi
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from perpetuo.config import Settings
-from perpetuo.errors import UpstreamError
+from perpetuo.gateway.destinations import Guard, Resolver
 
 IDLE_SECONDS = 30.0  # servers close idle connections after 5 to 120 s; a stale one costs a second try
 IDLE_PER_HOST = 256
-
-# Not public although `is_global` says so: NAT64, 6to4, IPv4-compatible, Teredo, site-local, and two addresses
-# inside the big clouds that answer with credentials.
-NOT_PUBLIC = [
-    ipaddress.ip_network(text)
-    for text in (
-        "64:ff9b::/96",
-        "64:ff9b:1::/48",
-        "2002::/16",
-        "::/96",
-        "2001::/32",
-        "fec0::/10",
-        "192.0.0.192/32",
-        "168.63.129.16/32",
-    )
-]
-
-
-class DestinationBlocked(UpstreamError):
-    """The upstream's address is not one that this installation calls."""
-
-    code = "destination_blocked"
-
-
-class Guard:
-    """Decides which addresses may be called: public ones, and what the operator allows."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._hosts = settings.upstream_allow_hosts
-        self._networks = settings.upstream_allow_networks
-
-    def is_allowed(self, host: str, address: str) -> bool:
-        """Whether `host`, which resolved to `address`, may be called."""
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if isinstance(ip, ipaddress.IPv6Address) and ip.ipv4_mapped:
-            ip = ip.ipv4_mapped
-        if host.lower().rstrip(".") in self._hosts or any(ip in network for network in self._networks):
-            return True
-        return ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
-
-    def resolve(self, host: str, port: int) -> list[tuple[Any, ...]]:
-        """The addresses of `host`, as getaddrinfo gives them. Raises DestinationBlocked, OSError."""
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        for *_, address in found:
-            if not self.is_allowed(host, str(address[0])):
-                raise DestinationBlocked(
-                    f"{host} is not a public address. The operator can allow it with PERPETUO_UPSTREAM_ALLOW."
-                )
-        return found
-
-
-def base_url_fault(url: str, settings: Settings) -> str | None:
-    """Why this cannot be a base URL, or None. Names are resolved at each connection, not here."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError:
-        return "This is not a URL."
-    if parts.scheme not in ("http", "https") or not host or port == 0:
-        return "A base URL begins with http:// or https:// and a host."
-    if parts.username is not None or parts.password is not None:
-        return "A base URL must not hold a user name or password."
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        return "A base URL has no ? and no #."
-    if not url.isascii() or any(character <= " " or character == "\\" for character in url):
-        return "A base URL has only visible ASCII characters."
-    if parts.path.rstrip("/").endswith(("/chat/completions", "/embeddings", "/models")):
-        return "A base URL ends before /chat/completions: that is appended to it."
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return None
-    if not Guard(settings).is_allowed(host, host):
-        return f"{host} is not a public address. The operator can allow it with PERPETUO_UPSTREAM_ALLOW."
-    return None
+IDLE_IN_ALL = 1000
 
 
 class _Guarded:
     """Dials only what the guard let through; mixed into both kinds of connection."""
 
-    guard: Guard
+    resolver: Resolver
     host: str
     port: int
     timeout: Any
 
     def _new_conn(self) -> socket.socket:
         refused: OSError | None = None
-        for family, kind, protocol, _, address in self.guard.resolve(self.host, self.port):
+        for family, kind, protocol, _, address in self.resolver.resolve(self.host, self.port, self.timeout):
             connection = socket.socket(family, kind, protocol)
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -142,9 +64,10 @@ class Pool:
     """Idle connections of one process, by origin. Taken by one call at a time; HTTP/1.1 keeps no state."""
 
     def __init__(self, settings: Settings) -> None:
-        self._guard = Guard(settings)
+        self._resolver = Resolver(Guard(settings))
         self._connect_timeout = settings.connect_timeout
-        self._idle: dict[Origin, list[tuple[float, Connection]]] = {}
+        self._idle: dict[Origin, deque[Connection]] = {}
+        self._since: OrderedDict[Connection, tuple[float, Origin]] = OrderedDict()  # all, the oldest first
         self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
 
@@ -155,7 +78,9 @@ class Pool:
                 idle = self._idle.get(origin)
                 if not idle:
                     break
-                since, connection = idle.pop()
+                connection = idle[-1]
+                since, _ = self._since[connection]
+                self._forget(connection)
             if monotonic() - since < IDLE_SECONDS and connection.is_connected:
                 return connection, True
             connection.close()
@@ -164,20 +89,43 @@ class Pool:
     def give(self, origin: Origin, connection: Connection) -> None:
         """Takes back a connection whose answer was read to its end."""
         with self._lock:
-            idle = self._idle.setdefault(origin, [])
-            while idle and monotonic() - idle[0][0] >= IDLE_SECONDS:
-                idle.pop(0)[1].close()
-            if len(idle) < IDLE_PER_HOST:
-                idle.append((monotonic(), connection))
-                return
-        connection.close()
+            idle = self._idle.setdefault(origin, deque())
+            is_kept = len(idle) < IDLE_PER_HOST
+            if is_kept:
+                idle.append(connection)
+                self._since[connection] = monotonic(), origin
+        if not is_kept:
+            connection.close()
+        self.close_expired()
+
+    def close_expired(self) -> None:
+        """Closes what was idle for too long, and the oldest of too many. Looks at no others."""
+        expired = []
+        with self._lock:
+            before = monotonic() - IDLE_SECONDS
+            while self._since:
+                oldest = next(iter(self._since))
+                if self._since[oldest][0] > before and len(self._since) <= IDLE_IN_ALL:
+                    break
+                self._forget(oldest)
+                expired.append(oldest)
+        for connection in expired:
+            connection.close()
 
     def close(self) -> None:
         with self._lock:
-            for idle in self._idle.values():
-                for _, connection in idle:
-                    connection.close()
-            self._idle = {}
+            idle, self._idle = list(self._since), {}
+            self._since.clear()
+        for connection in idle:
+            connection.close()
+
+    def _forget(self, connection: Connection) -> None:
+        """Under the lock; the newest or the oldest of its origin."""
+        _, origin = self._since.pop(connection)
+        idle = self._idle[origin]
+        idle.pop() if idle[-1] is connection else idle.popleft()
+        if not idle:
+            del self._idle[origin]
 
     def _new(self, origin: Origin) -> Connection:
         scheme, host, port = origin
@@ -186,7 +134,7 @@ class Pool:
             connection = TlsConnection(host, port, timeout=self._connect_timeout, ssl_context=self._context())
         else:
             connection = PlainConnection(host, port, timeout=self._connect_timeout)
-        connection.guard = self._guard
+        connection.resolver = self._resolver
         return connection
 
     def _context(self) -> ssl.SSLContext:

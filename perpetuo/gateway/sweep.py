@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import sqlalchemy as sa
@@ -32,8 +33,11 @@ NARROW = [column for column in LOGS.columns if not column.name.endswith("_body")
 class Sweep:
     """`look()` once, or `start()` a thread that looks now and then."""
 
-    def __init__(self, ledger: Ledger, grace_seconds: float) -> None:
+    def __init__(
+        self, ledger: Ledger, grace_seconds: float, beside: Callable[[], None] = lambda: None
+    ) -> None:
         self._ledger = ledger
+        self._beside = beside  # what else is to be done now and then
         self._grace = timedelta(seconds=grace_seconds)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -52,6 +56,7 @@ class Sweep:
     def _run(self) -> None:
         while not self._ended.is_set():
             try:
+                self._beside()
                 self._ledger.keep_lock()
                 self.look()
             except Unavailable as exc:

@@ -1,5 +1,6 @@
 """When keys were last used, and what a provider last complained of: written once a minute for each key.
 
+Sooner only where a provider key begins or ceases to fail; another text of the same trouble waits its minute.
 In a transaction of its own behind the ledger's, since nobody waits for it and losing one harms nobody.
 """
 
@@ -13,13 +14,14 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from perpetuo.db import Database
+from perpetuo.db import Database, storable
 from perpetuo.models import ApiKey, ProviderKey
 
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 60.0
 KEPT = 10_000
+TEXT = 1000  # characters of a complaint
 
 
 class Touches:
@@ -27,19 +29,20 @@ class Touches:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._written: dict[str, tuple[float, str | None]] = {}
+        self._written: dict[str, tuple[float, bool]] = {}
         self._due: dict[str, tuple[datetime, str | None, bool]] = {}
 
     def note(self, api_key_id: str, outcome: dict[str, Any]) -> None:
         """A call ended: its API key was used, and its provider key worked or did not."""
         self._note(api_key_id, outcome["finished_at"], None, False)
         for attempt in outcome.get("attempts") or ():
-            error = attempt["error"]["message"][:1000] if attempt["error"] else None
+            error = storable(attempt["error"]["message"][:TEXT])[:TEXT] if attempt["error"] else None
             self._note(attempt["provider_key_id"], outcome["finished_at"], error, True)
 
     def _note(self, key_id: str, moment: datetime, error: str | None, is_provider: bool) -> None:
-        at, written = self._written.get(key_id, (-EVERY_SECONDS, None))
-        if error != written or monotonic() - at >= EVERY_SECONDS:
+        at, was_failing = self._written.get(key_id, (-EVERY_SECONDS, False))
+        is_failing = error is not None
+        if key_id in self._due or is_failing != was_failing or monotonic() - at >= EVERY_SECONDS:
             self._due[key_id] = (moment, error, is_provider)
 
     def flush(self) -> None:
@@ -50,7 +53,7 @@ class Touches:
         if len(self._written) > KEPT:
             self._written.clear()
         for key_id, (_, error, _) in due.items():
-            self._written[key_id] = (monotonic(), error)
+            self._written[key_id] = (monotonic(), error is not None)
         try:
             self._database.transaction(lambda connection: _write(connection, due))
         except Exception:  # the writer's thread must outlive whatever this meets

@@ -49,6 +49,10 @@ class Upstream:
         self._ring = ring
         self._pool = Pool(settings)
 
+    def close_expired(self) -> None:
+        """Lets go of idle connections whose time is over; called now and then."""
+        self._pool.close_expired()
+
     def close(self) -> None:
         self._pool.close()
 

@@ -45,8 +45,8 @@ class Gateway:
         self.access = Access(self.database)
         self.router = Router(self.database)
         self.ledger = Ledger(self.database)
-        self.sweep = Sweep(self.ledger, settings.orphan_grace)
         self.upstream = Upstream(settings, self.ring)
+        self.sweep = Sweep(self.ledger, settings.orphan_grace, self.upstream.close_expired)
         self.calls = Calls(settings.max_in_flight)
         self.offers = Offers(self.router, self.upstream)
 

@@ -1,10 +1,15 @@
 import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from perpetuo.config import load
-from perpetuo.gateway import network
-from perpetuo.gateway.network import DestinationBlocked, Guard, Pool, base_url_fault, origin_of
+from perpetuo.gateway import destinations, network
+from perpetuo.gateway.destinations import DestinationBlocked, Guard, Resolver, base_url_fault
+from perpetuo.gateway.network import Pool, origin_of
 
 PRODUCTION = {
     "PERPETUO_ENV": "production",
@@ -21,6 +26,20 @@ def settings_of(**environ):
 @pytest.fixture
 def guard():
     return Guard(settings_of())
+
+
+@pytest.fixture
+def resolver(guard):
+    return Resolver(guard)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A function that lets so many seconds pass for names and connections."""
+    real, passed = destinations.monotonic, []
+    for module in (network, destinations):
+        monkeypatch.setattr(module, "monotonic", lambda: real() + sum(passed))
+    return passed.append
 
 
 @pytest.fixture
@@ -89,15 +108,17 @@ def resolving(monkeypatch, *answers):
         addresses = left.pop(0)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
 
-    monkeypatch.setattr(network.socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(destinations.socket, "getaddrinfo", getaddrinfo)
     return lookups
 
 
 @pytest.mark.parametrize("addresses", [["8.8.8.8", "10.0.0.1"], ["10.0.0.1", "8.8.8.8"], ["10.0.0.1"]])
-def test_a_name_with_one_private_address_among_others_is_refused(guard, monkeypatch, addresses):
-    resolving(monkeypatch, addresses)
-    with pytest.raises(DestinationBlocked):
-        guard.resolve("mixed.example.com", 443)
+def test_a_name_with_one_private_address_among_others_is_refused(resolver, monkeypatch, addresses):
+    lookups = resolving(monkeypatch, addresses, addresses)
+    for _ in range(2):
+        with pytest.raises(DestinationBlocked):
+            resolver.resolve("mixed.example.com", 443, 5)
+    assert len(lookups) == 2
 
 
 def test_a_name_is_looked_up_once_and_the_checked_address_is_dialled(pool, monkeypatch):
@@ -110,16 +131,130 @@ def test_a_name_is_looked_up_once_and_the_checked_address_is_dialled(pool, monke
     assert lookups == ["rebinding.example.com"]
 
 
-def test_each_new_connection_looks_again(pool, monkeypatch):
-    lookups = resolving(monkeypatch, ["8.8.8.8"], ["127.0.0.1"])
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: None)
-    first, _ = pool.take(("http", "rebinding.example.com", 80))
-    first.connect()
-    first.close()
-    second, _ = pool.take(("http", "rebinding.example.com", 80))
-    with pytest.raises(DestinationBlocked):
-        second.connect()
-    assert len(lookups) == 2
+def test_a_name_is_looked_up_again_after_a_while_and_checked_again(resolver, monkeypatch, clock):
+    lookups = resolving(monkeypatch, ["8.8.8.8"], ["127.0.0.1"], ["127.0.0.1"])
+    for port in (80, 443):
+        assert [address for *_, address in resolver.resolve("rebinding.example", port, 5)] == [
+            ("8.8.8.8", port)
+        ]
+    assert len(lookups) == 1
+    clock(destinations.FRESH_SECONDS)
+    for count in (2, 3):
+        with pytest.raises(DestinationBlocked):
+            resolver.resolve("rebinding.example", 80, 5)
+        assert len(lookups) == count
+
+
+def test_old_addresses_serve_for_a_while_where_the_name_is_no_longer_found(resolver, monkeypatch, clock):
+    resolving(monkeypatch, ["8.8.8.8"])
+    found = resolver.resolve("api.example", 80, 5)
+    monkeypatch.setattr(destinations.socket, "getaddrinfo", refusing(socket.gaierror("no answer")))
+    clock(destinations.STALE_SECONDS - 1)
+    assert resolver.resolve("api.example", 80, 5) == found
+    clock(1)
+    with pytest.raises(socket.gaierror):
+        resolver.resolve("api.example", 80, 5)
+
+
+def refusing(error):
+    def getaddrinfo(*_, **__):
+        raise error
+
+    return getaddrinfo
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "8.8.8.8", "::1", "2606:4700::1111"])
+def test_an_address_is_not_looked_up(monkeypatch, tmp_path, host):
+    local = Resolver(Guard(load({"PERPETUO_DATA": str(tmp_path)})))
+    expected = socket.getaddrinfo(host, 80, type=socket.SOCK_STREAM)
+    monkeypatch.setattr(destinations.socket, "getaddrinfo", refusing(AssertionError("looked up")))
+    assert local.resolve(host, 80, 5) == expected
+
+
+def test_a_host_that_no_name_can_be_is_not_found(resolver):
+    with pytest.raises(socket.gaierror):
+        resolver.resolve("a" * 64 + ".example", 80, 5)
+
+
+@pytest.fixture
+def asleep(monkeypatch):
+    """Lookups of names that begin so get no answer before the test ends; all others find 8.8.8.8."""
+    end, lookups = threading.Event(), []
+
+    def getaddrinfo(host, *_, **__):
+        lookups.append(host)
+        if host.startswith("asleep"):
+            end.wait(30)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8", 0))]
+
+    monkeypatch.setattr(destinations.socket, "getaddrinfo", getaddrinfo)
+    yield lookups
+    end.set()
+
+
+def test_many_calls_to_one_name_make_one_lookup(resolver, asleep):
+    def resolve(port):
+        with pytest.raises(TimeoutError):
+            resolver.resolve("asleep.example", port, 0.1)
+
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(resolve, range(1, 11)))
+    assert asleep == ["asleep.example"]
+
+
+def test_names_never_found_before_leave_room_for_those_that_were(monkeypatch, guard, asleep, clock):
+    monkeypatch.setattr(destinations, "NEW_LOOKUPS", 2)
+    resolver = Resolver(guard)
+    resolver.resolve("api.example", 80, 5)
+    for number in range(3):
+        with pytest.raises((TimeoutError, socket.gaierror)):
+            resolver.resolve(f"asleep-{number}.example", 80, 0.1)
+    clock(destinations.STALE_SECONDS)
+    assert resolver.resolve("api.example", 80, 5)
+    assert "asleep-2.example" not in asleep
+
+
+def test_the_names_that_are_kept_are_bounded(monkeypatch, resolver, asleep):
+    monkeypatch.setattr(destinations, "NAMES_KEPT", 2)
+    for host in ("a.example", "b.example", "c.example", "c.example", "a.example"):
+        resolver.resolve(host, 80, 5)
+    assert asleep == ["a.example", "b.example", "c.example", "a.example"]
+
+
+SLEEPERS = """
+from gevent import monkey; monkey.patch_all()
+import os, sys, time, _socket, gevent
+from perpetuo.config import load
+from perpetuo.gateway.network import Pool
+
+real, sleep = _socket.getaddrinfo, monkey.get_original("time", "sleep")
+
+def getaddrinfo(host, *rest, **named):
+    if b"asleep" in (host if isinstance(host, bytes) else host.encode()):
+        sleep(60)
+    return real(host, *rest, **named)
+
+_socket.getaddrinfo = getaddrinfo
+pool = Pool(load({"PERPETUO_DATA": sys.argv[1]}))
+
+def connect(host):
+    connection, _ = pool.take(("http", host, int(sys.argv[2])))
+    with gevent.Timeout(5, False):
+        connection.connect()
+    print(connection.is_connected, flush=True)
+
+for number in range(20):
+    gevent.spawn(connect, f"asleep-{number}.example")
+gevent.sleep(0.1)
+connect("localhost")
+os._exit(0)
+"""
+
+
+def test_under_gevent_twenty_names_without_an_answer_keep_no_other_waiting(upstream, tmp_path):
+    command = [sys.executable, "-c", SLEEPERS, str(tmp_path), str(upstream.port)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("True\n", "")
 
 
 def test_the_second_address_is_tried_where_the_first_does_not_answer(pool, monkeypatch):
@@ -236,15 +371,54 @@ def test_an_idle_connection_is_used_again_and_a_busy_one_is_not(pooled):
     first.close()
 
 
-def test_a_connection_idle_for_too_long_is_closed(pooled, monkeypatch):
+def idle(pool, origin, count=1):
+    """So many connections, given back in this order."""
+    connections = [pool.take(origin)[0] for _ in range(count)]
+    for connection in connections:
+        connection.connect()
+    for connection in connections:
+        pool.give(origin, connection)
+    return connections
+
+
+def test_a_connection_idle_for_too_long_is_not_taken(pooled, clock):
     pool, origin = pooled
-    connection, _ = pool.take(origin)
-    connection.connect()
-    pool.give(origin, connection)
-    now = network.monotonic()
-    monkeypatch.setattr(network, "monotonic", lambda: now + network.IDLE_SECONDS + 1)
+    (connection,) = idle(pool, origin)
+    clock(network.IDLE_SECONDS)
     assert pool.take(origin)[1] is False
     assert connection.sock is None
+
+
+def test_the_idle_connections_of_an_origin_no_longer_used_are_closed_when_another_is(pooled, clock):
+    pool, (_, _, port) = pooled
+    left = idle(pool, ("http", "127.0.0.1", port), 3)
+    clock(network.IDLE_SECONDS)
+    (kept,) = idle(pool, ("http", "localhost", port))
+    assert [connection.sock for connection in left] == [None] * 3
+    assert kept.is_connected
+    assert list(pool._idle) == [("http", "localhost", port)]
+
+
+def test_idle_connections_are_closed_without_any_call_too(pooled, clock):
+    pool, origin = pooled
+    old = idle(pool, origin, 2)
+    clock(network.IDLE_SECONDS / 2)
+    pool.give(origin, new := pool.take(origin)[0])
+    pool.close_expired()
+    assert old[0].is_connected
+    clock(network.IDLE_SECONDS / 2)
+    pool.close_expired()
+    assert (old[0].sock, new.is_connected, new is old[1]) == (None, True, True)
+
+
+def test_of_too_many_idle_connections_the_oldest_go(pooled, monkeypatch):
+    monkeypatch.setattr(network, "IDLE_IN_ALL", 3)
+    pool, (_, _, port) = pooled
+    first, second = idle(pool, ("http", "127.0.0.1", port), 2)
+    rest = idle(pool, ("http", "localhost", port), 2)
+    assert [c.is_connected for c in (first, second, *rest)] == [False, True, True, True]
+    pool.close()
+    assert not any(c.is_connected for c in (second, *rest))
 
 
 def test_a_connection_that_the_upstream_closed_is_not_taken(pooled, upstream):

@@ -216,6 +216,8 @@ class Database:
         if self.is_sqlite:
             assert self.path is not None
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with translated():
+                self.path.touch(mode=0o600)  # prompts will be in it; SQLite's other files take its mode
             with (
                 translated(),
                 locked_file(Path(f"{self.path}.migrating")),

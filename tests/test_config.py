@@ -1,11 +1,12 @@
 import base64
 import multiprocessing
 import os
+import re
 import stat
 
 import pytest
 
-from perpetuo.config import SettingsError, load
+from perpetuo.config import ROOT, SettingsError, load
 from perpetuo.made_secrets import fresh
 
 KEY = "3q9vYkR7cWm2ZsXf8TbLh5DnJp4GxQaE"
@@ -234,3 +235,11 @@ def test_processes_that_start_together_have_the_same_secrets(tmp_path):
 def test_fresh_secrets_are_good_enough_for_production():
     assert load({**PRODUCTION, **fresh()}).is_production
     assert fresh() != fresh()
+
+
+def test_what_is_shipped_runs_in_production_and_stops_after_its_drain():
+    compose = (ROOT / "docker-compose.yml").read_text()
+    grace = int(re.search(r"stop_grace_period: (\d+)s", compose)[1])
+    assert grace > load(PRODUCTION).drain_timeout + 5 + 5  # gunicorn's keep-alive and its own margin
+    for name in ("Procfile", "Dockerfile"):
+        assert "PERPETUO_ENV=production" in (ROOT / name).read_text()

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import sqlalchemy as sa
 
 from perpetuo.models import RequestLog, UsageCounter
+from tests.balance import books_balance
 from tests.tenants import Tenant, new_tenant
 
 CHAT = {"model": "gpt-4o", "messages": [{"role": "user", "content": "Say hello"}]}
@@ -48,3 +51,27 @@ def counters(gateway):
     return lambda: gateway.database.read(
         lambda c: c.execute(sa.select(UsageCounter.__table__)).mappings().all()
     )
+
+
+@pytest.fixture
+def changed():
+    """What a test's settings have otherwise than the default; set by parametrisation."""
+    return {}
+
+
+@pytest.fixture
+def settings(settings, changed):
+    return dataclasses.replace(settings, **changed)
+
+
+def with_settings(**values):
+    return pytest.mark.parametrize("changed", [values], ids=["-".join(values)])
+
+
+@pytest.fixture
+def books_at_the_end(gateway):
+    """After every test: all is settled, the counters agree, and no call still counts as in flight."""
+    yield
+    gateway.ledger.writer.close()
+    books_balance(gateway.database)
+    assert len(gateway.calls) == 0

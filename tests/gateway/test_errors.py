@@ -1,4 +1,3 @@
-import dataclasses
 import itertools
 import json
 import socket
@@ -12,7 +11,6 @@ from perpetuo import crypto
 from perpetuo.gateway import access as access_module
 from perpetuo.gateway import ledger as ledger_module
 from perpetuo.models import ProviderKey
-from tests.balance import books_balance
 from tests.conftest import BACKENDS
 from tests.fake_upstream import (
     cut_after,
@@ -27,7 +25,7 @@ from tests.fake_upstream import (
     status,
     stream,
 )
-from tests.gateway.conftest import CHAT
+from tests.gateway.conftest import CHAT, with_settings
 from tests.tenants import new_tenant
 
 SECRET = "sk-very-secret-9f8e7d6c"
@@ -40,28 +38,9 @@ def on(backend):
     return pytest.mark.parametrize("database_url", chosen, indirect=True)
 
 
-@pytest.fixture
-def changed():
-    """What a test's settings have otherwise than the default; set by parametrisation."""
-    return {}
-
-
-@pytest.fixture
-def settings(settings, changed):
-    return dataclasses.replace(settings, **changed)
-
-
-def with_settings(**values):
-    return pytest.mark.parametrize("changed", [values], ids=["-".join(values)])
-
-
 @pytest.fixture(autouse=True)
-def books(gateway):
-    """After every test: all is settled, the counters agree, and no call still counts as in flight."""
-    yield
-    gateway.ledger.writer.close()
-    books_balance(gateway.database)
-    assert len(gateway.calls) == 0
+def always(books_at_the_end):
+    """Every test here ends with books that balance."""
 
 
 def error_of(response, status, type, code):

@@ -1,4 +1,3 @@
-import dataclasses
 import gzip
 import json
 import threading
@@ -7,7 +6,6 @@ import pytest
 
 from perpetuo.gateway import bodies
 from perpetuo.gateway import upstream as upstream_module
-from tests.balance import books_balance
 from tests.fake_upstream import (
     USAGE,
     comments_forever,
@@ -26,6 +24,7 @@ from tests.fake_upstream import (
     status,
     stream,
 )
+from tests.gateway.conftest import with_settings
 from tests.gateway.test_chat import events, text_of
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -33,28 +32,9 @@ DONE = b"data: [DONE]\n\n"
 ROLE = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
 
-@pytest.fixture
-def changed():
-    """What a test's settings have otherwise than the default; set by parametrisation."""
-    return {}
-
-
-@pytest.fixture
-def settings(settings, changed):
-    return dataclasses.replace(settings, **changed)
-
-
-def with_settings(**values):
-    return pytest.mark.parametrize("changed", [values], ids=["-".join(values)])
-
-
 @pytest.fixture(autouse=True)
-def books(gateway):
-    """After every test: all is settled, the counters agree, and no call still counts as in flight."""
-    yield
-    gateway.ledger.writer.close()
-    books_balance(gateway.database)
-    assert len(gateway.calls) == 0
+def always(books_at_the_end):
+    """Every test here ends with books that balance."""
 
 
 @pytest.fixture

@@ -50,10 +50,8 @@ class Native:
             self._pools, self._pid = {}, os.getpid()
         if name not in self._pools:
             self._pools[name] = ThreadPool(THREADS.get(name, 1))
-        try:
-            result, error = self._pools[name].spawn(_caught, call, args).get(timeout=seconds)
-        except Timeout as exc:
-            raise TimeoutError("the writer's thread is held up") from exc
+        with Timeout(seconds, TimeoutError("the thread is held up")):  # None: for as long as it takes
+            result, error = self._pools[name].apply(_caught, (call, args))
         if error is not None:
             raise error
         return result

@@ -101,6 +101,7 @@ class Call:
         self.total_until = monotonic() + total_seconds
         self._until, self._name = self.total_until, "total"
         self._rings_at = self.total_until
+        self._resumed = (self._until, self._name)
         self._calls = calls
         self._inside = False
         self._writing = False
@@ -153,11 +154,16 @@ class Call:
 
     def begin_write(self) -> None:
         """The client is being written to; one that does not read is taken for gone after a while."""
+        self._resumed = (self._until, self._name)
         self.allow(WRITE_SECONDS, "client_stalled")
         self._writing = True
 
     def end_write(self) -> None:
+        """The upstream's own deadline counts on."""
         self._writing = False
+        self._until, self._name = self._resumed
+        if self._until < self._rings_at:
+            self._arm()
 
     def breathe(self) -> None:
         """Lets others run where this call has not waited for a while: gevent does not switch by itself."""

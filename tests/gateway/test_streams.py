@@ -443,3 +443,12 @@ def test_a_call_given_up_leaves_no_connection_behind(ask, upstream):
     assert ask().status_code == 504
     upstream.wait_for_close(upstream.requests[0])
     assert ask().status_code == 200
+
+
+@with_settings(first_byte_timeout=0.3)
+def test_keep_alives_do_not_put_off_the_time_out_to_the_first_byte(ask, upstream, monkeypatch):
+    monkeypatch.setattr(upstream_module, "KEEP_ALIVE_SECONDS", 0.05)
+    upstream.reply = hang()
+    body = ask(stream=True).get_data()
+    assert body.count(KEEP_ALIVE) >= 3
+    assert b'"upstream_timeout"' in body

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
 import orjson
@@ -147,7 +148,8 @@ class Database:
         """
         if self.is_sqlite:
             with translated():  # a lock that another process holds for too long
-                return self.native.writing(self._sqlite_transaction, work, seconds=seconds)
+                until = monotonic() + seconds
+                return self.native.writing(self._sqlite_transaction, work, until, seconds=seconds)
         with deadline(seconds), translated():
             try:
                 return self._postgresql_transaction(work)
@@ -179,10 +181,12 @@ class Database:
                     raise CommitUncertain("The database was lost while committing.") from exc
             return result
 
-    def _sqlite_transaction(self, work: Callable[[Connection], T]) -> T:
+    def _sqlite_transaction(self, work: Callable[[Connection], T], until: float) -> T:
         """In the writer's native thread. The file lock queues processes fairly, SQLite's does not."""
         assert self.path is not None
         with self._mutex, translated(), locked_file(Path(f"{self.path}.writer")):
+            if monotonic() > until:  # whoever waited for this was told that it failed
+                raise TimeoutError("the file was locked for too long")
             if self._held is None or self._held.closed:
                 self._held = self.writer.connect()
             with self._held.begin():

@@ -55,10 +55,14 @@ class ModelRequest:
 
 @dataclass(frozen=True, slots=True)
 class UpstreamRequest:
+    """`dropped` names the client's parameters that this provider has no place for: hints, never what shapes
+    the answer."""
+
     url: str
     headers: dict[str, str]
     body: bytes | None = None
     method: str = "POST"
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,13 +138,19 @@ class Call:
         """Seconds until the nearest deadline, at least a millisecond."""
         return max(self._until - monotonic(), 0.001)
 
+    def patience(self) -> float | None:
+        """What a socket of this call is given as its time-out: none where the call's own timer ends waits."""
+        return self.remaining() if self._greenlet is None else None
+
     def wait_readable(self, connection: socket.socket, seconds: float) -> bool:
         """Whether there is something to read within `seconds`. Raises Aborted."""
-        limit = min(seconds, self.remaining())
+        limit = self.remaining()
         with self:
             if self._greenlet is not None:
-                is_ready = _wait_gevent(connection.fileno(), limit)
+                # Without a time-out of its own where the call's timer rings first: it costs 15 µs.
+                is_ready = _wait_gevent(connection.fileno(), seconds if seconds < limit else None)
             else:
+                limit = min(seconds, limit)
                 poll = select.poll()
                 poll.register(connection, select.POLLIN)
                 is_ready = bool(poll.poll(limit * 1000))
@@ -240,7 +246,7 @@ class Call:
         self._timer.start(self._on_time)
 
 
-def _wait_gevent(handle: int, seconds: float) -> bool:
+def _wait_gevent(handle: int, seconds: float | None) -> bool:
     try:
         wait_read(handle, timeout=seconds)
     except TimeoutError:

@@ -6,26 +6,25 @@ end them. Every foreign exception becomes an UpstreamError in `translated`.
 
 from __future__ import annotations
 
-import http.client
 import re
 import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from http.client import HTTPException, RemoteDisconnected
 from time import monotonic
 from typing import Any
 
+import urllib3
 from urllib3.exceptions import HTTPError, ReadTimeoutError
-from urllib3.response import HTTPResponse
 
 from perpetuo.config import Settings
 from perpetuo.db import storable
 from perpetuo.errors import UpstreamError
 from perpetuo.gateway.calls import Aborted, Call
 from perpetuo.gateway.network import Pool, origin_of
+from perpetuo.gateway.response import Response
 from perpetuo.gateway.router import Target
 from perpetuo.providers.base import UpstreamRequest
 
@@ -89,7 +88,8 @@ class Exchange:
         self._request = request
         self._origin, self._path = origin_of(request.url)
         self._connection: Any = None
-        self._response: HTTPResponse | None = None
+        self._response: Response | None = None
+        self._body: Any = None  # the same, or what decodes it
         self._is_reused = False
         self._is_whole = False
         self._head: Any = None  # the buffer that the answer is read through, where it had to be made early
@@ -107,14 +107,12 @@ class Exchange:
         request = self._request
         with self._call:
             if self._connection.sock is None:
-                self._connection.connect()
+                self._connection.connect(self._call.remaining())
         self._call.allow(*self._patience)
-        self._connection.timeout = self._call.remaining()
+        self._connection.sock.settimeout(self._call.patience())
         try:
             with self._call:
-                self._connection.request(
-                    request.method, self._path, request.body, request.headers, preload_content=False
-                )
+                self._connection.send(request.method, self._path, request.headers, request.body)
         except (ConnectionResetError, BrokenPipeError, ssl.SSLEOFError):
             # A server that will not read on may have said why: the head tells, or its absence.
             if self._is_reused:
@@ -126,10 +124,11 @@ class Exchange:
             return True
         if not self._is_answered(1e6 if seconds is None else max(seconds, 0.0)):
             return False
-        self._connection.timeout = self._call.remaining()
+        self._connection.sock.settimeout(self._call.patience())
+        self._body = response = Response(self._connection.sock, self._request.method, self._head)
         try:
             with self._call:
-                self._response = self._connection.getresponse()
+                response.begin()
         except (RemoteDisconnected, ConnectionResetError):
             # The server closed an idle connection just as we used it: nothing of an answer came, and the
             # request goes once more, on a connection that was never used.
@@ -137,8 +136,9 @@ class Exchange:
                 raise
             self._send_again()
             return self.await_head(seconds)
-        self.status = self._response.status
-        self.headers = {name.lower(): value for name, value in self._response.headers.items()}
+        self._response, self.status = response, response.status
+        self.headers = response.fields
+        self._body = self._decoded(response)
         if self._attempts:
             self._attempts[-1].http_status = self.status
             self._attempts[-1].headers = self._client_headers()
@@ -152,7 +152,6 @@ class Exchange:
                 return True
             if self._head is None:
                 self._head = connection.sock.makefile("rb")
-                connection.response_class = partial(PreparedResponse, prepared=self._head)
             connection.sock.settimeout(0.0)
             try:
                 self._head.peek(1)
@@ -160,18 +159,22 @@ class Exchange:
             except ssl.SSLWantReadError:
                 pass
             finally:
-                connection.sock.settimeout(self._call.remaining())
+                connection.sock.settimeout(self._call.patience())
         return False
+
+    def _decoded(self, response: Response) -> Any:
+        """What the body is read from."""
+        if self.headers.get("content-encoding", "identity") == "identity":
+            return response
+        return urllib3.HTTPResponse(response, self.headers, preload_content=False, original_response=response)
 
     def wait(self, seconds: float) -> bool:
         """Whether there is something to read within `seconds`, be it the end."""
         assert self._response is not None
-        original = self._response._original_response
-        buffered: Any = getattr(original, "fp", None)
-        is_at_end = buffered is None or self._response.length_remaining == 0
-        if is_at_end or self.headers.get("content-encoding", "identity") != "identity":
+        buffered: Any = self._response.fp
+        if buffered is None or self._response.length == 0 or self._body is not self._response:
             return True  # no socket announces the end of a length, nor what the decoder still holds
-        connection = self._connection.sock or buffered.raw._sock
+        connection = self._connection.sock
         connection.settimeout(0.0)
         try:
             if buffered.peek(1):
@@ -179,16 +182,16 @@ class Exchange:
         except (BlockingIOError, ssl.SSLWantReadError):
             pass
         finally:
-            connection.settimeout(self._call.remaining())
+            connection.settimeout(self._call.patience())
         return self._call.wait_readable(connection, max(seconds, 0.0))
 
     def read(self) -> bytes:
         """The next bytes of the body as they come, b"" at its end. Raises where it was cut short."""
         assert self._response is not None
         with self._call:
-            piece = self._response.read1(READ_BYTES, decode_content=True)
+            piece: bytes = self._body.read1(READ_BYTES)
         if not piece:
-            if self._response.length_remaining:
+            if self._response.length:
                 raise UpstreamError("The upstream closed the connection in the middle of its answer.")
             self._is_whole = True
         return piece
@@ -209,25 +212,32 @@ class Exchange:
         """Gives the connection back if its answer is at its end by now, or in the next milliseconds."""
         try:
             while not self._is_whole and self.wait(END_SECONDS):
-                self._connection.sock and self._connection.sock.settimeout(0.05)
+                self._connection.sock.settimeout(0.05)
                 if len(self.read()) > 0:
                     break  # something follows the end: not a connection to use again
         except (Aborted, UpstreamError, HTTPError, HTTPException, OSError):
             pass
-        if not self._is_whole or self._connection is None or self._connection.sock is None:
+        if not self._is_whole or self._response is None or self._response.will_close:
             return
         # Behind an interim answer (103) the real one follows, on this connection: it is nobody else's.
         if self.status is not None and self.status >= 200 and self.status not in BODILESS:
+            self._body.close()  # it would keep the socket open beyond the pool's own close
             self._pool.give(self._origin, self._connection)
             self._connection = None
 
     def close(self) -> None:
         """Closes the connection unless it was given back."""
         if self._connection is not None:
-            if self._response is not None:
-                self._response.close()
-            self._connection.close()
+            self._hang_up()
             self._connection = None
+
+    def _hang_up(self) -> None:
+        """The socket is open for as long as something reads from it."""
+        for reader in (self._body, self._head):
+            if reader is not None:
+                reader.close()
+        self._body = self._head = None
+        self._connection.close()
 
     def _client_headers(self) -> dict[str, str]:
         """The upstream's headers that the client gets; none that gives our own authorization back."""
@@ -244,8 +254,7 @@ class Exchange:
 
     def _send_again(self) -> None:
         """The upstream may have worked for the request that was lost, so it stays an attempt of its own."""
-        self._connection.close()
-        self._head = None
+        self._hang_up()
         if self._attempts:
             lost = self._attempts[-1]
             lost.ended = monotonic()
@@ -254,15 +263,6 @@ class Exchange:
             )
             self._attempts.append(Attempt(lost.target))
         self.send(fresh=True)
-
-
-class PreparedResponse(http.client.HTTPResponse):
-    """An answer read through a buffer that was there before it."""
-
-    def __init__(self, sock: socket.socket, *args: Any, prepared: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        self.fp.close()
-        self.fp = prepared
 
 
 def _is_passed(name: str) -> bool:

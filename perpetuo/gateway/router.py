@@ -10,7 +10,7 @@ import random
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any
@@ -61,6 +61,7 @@ class Config:
 
     keys: tuple[Key, ...]
     routes: dict[str, list[dict[str, Any]]]
+    found: dict[str, tuple[str, list[Key]]] = field(default_factory=dict)  # by name asked, before any draw
 
 
 class Router:
@@ -107,13 +108,22 @@ def is_allowed(caller: Caller, name: str) -> bool:
 
 def resolve(config: Config, name: str) -> list[Target]:
     """The targets of one model name: `prefix/model`, or a bare name. Best first, no alias."""
+    if name not in config.found:
+        if len(config.found) >= KEPT:
+            config.found.clear()
+        config.found[name] = _served_by(config, name)
+    model, keys = config.found[name]
+    return [Target(key, model) for key in _ordered(keys)]
+
+
+def _served_by(config: Config, name: str) -> tuple[str, list[Key]]:
     prefix, slash, rest = name.partition("/")
     if slash and rest:
         keys = [key for key in config.keys if key.name == prefix]
         keys = keys or [key for key in config.keys if key.provider == prefix]
         if keys:
-            return [Target(key, rest) for key in _ordered(key for key in keys if key.serves(rest))]
-    return [Target(key, name) for key in _ordered(_bare_keys(config, name))]
+            return rest, [key for key in keys if key.serves(rest)]
+    return name, _bare_keys(config, name)
 
 
 def _targets(config: Config, name: str) -> list[Target]:
@@ -139,8 +149,8 @@ def _bare_keys(config: Config, name: str) -> list[Key]:
     return [key for key in config.keys if key.serves(name)]
 
 
-def _ordered(keys: Iterable[Key]) -> list[Key]:
-    return _drawn(list(keys), lambda key: key.priority, lambda key: key.weight)
+def _ordered(keys: list[Key]) -> list[Key]:
+    return keys if len(keys) < 2 else _drawn(keys, lambda key: key.priority, lambda key: key.weight)
 
 
 def _drawn(things: list[Any], priority: Any, weight: Any) -> list[Any]:

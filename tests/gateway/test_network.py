@@ -95,7 +95,7 @@ def test_no_spelling_of_loopback_is_dialled(pool, monkeypatch, host):
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: dialled.append(address))
     connection, _ = pool.take(origin_of(spelt(host))[0])
     with pytest.raises((DestinationBlocked, OSError, UnicodeError)):
-        connection.connect()
+        connection.connect(2.0)
     assert dialled == []
 
 
@@ -125,7 +125,7 @@ def test_a_name_is_looked_up_once_and_the_checked_address_is_dialled(pool, monke
     lookups, dialled = resolving(monkeypatch, ["8.8.8.8"], ["127.0.0.1"]), []
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: dialled.append(address))
     connection, _ = pool.take(("http", "rebinding.example.com", 80))
-    connection.connect()
+    connection.connect(2.0)
     connection.close()
     assert dialled == [("8.8.8.8", 80)]
     assert lookups == ["rebinding.example.com"]
@@ -240,8 +240,8 @@ pool = Pool(load({"PERPETUO_DATA": sys.argv[1]}))
 def connect(host):
     connection, _ = pool.take(("http", host, int(sys.argv[2])))
     with gevent.Timeout(5, False):
-        connection.connect()
-    print(connection.is_connected, flush=True)
+        connection.connect(2.0)
+    print(connection.is_fresh, flush=True)
 
 for number in range(20):
     gevent.spawn(connect, f"asleep-{number}.example")
@@ -268,7 +268,7 @@ def test_the_second_address_is_tried_where_the_first_does_not_answer(pool, monke
 
     monkeypatch.setattr(socket.socket, "connect", connect)
     connection, _ = pool.take(("http", "two.example.com", 80))
-    connection.connect()
+    connection.connect(2.0)
     connection.close()
     assert dialled == ["8.8.8.8", "1.1.1.1"]
 
@@ -362,7 +362,7 @@ def pooled(upstream, tmp_path):
 def test_an_idle_connection_is_used_again_and_a_busy_one_is_not(pooled):
     pool, origin = pooled
     first, is_reused = pool.take(origin)
-    first.connect()
+    first.connect(2.0)
     assert not is_reused
     pool.give(origin, first)
     assert pool.take(origin) == (first, True)
@@ -375,7 +375,7 @@ def idle(pool, origin, count=1):
     """So many connections, given back in this order."""
     connections = [pool.take(origin)[0] for _ in range(count)]
     for connection in connections:
-        connection.connect()
+        connection.connect(2.0)
     for connection in connections:
         pool.give(origin, connection)
     return connections
@@ -395,7 +395,7 @@ def test_the_idle_connections_of_an_origin_no_longer_used_are_closed_when_anothe
     clock(network.IDLE_SECONDS)
     (kept,) = idle(pool, ("http", "localhost", port))
     assert [connection.sock for connection in left] == [None] * 3
-    assert kept.is_connected
+    assert kept.is_fresh
     assert list(pool._idle) == [("http", "localhost", port)]
 
 
@@ -405,10 +405,10 @@ def test_idle_connections_are_closed_without_any_call_too(pooled, clock):
     clock(network.IDLE_SECONDS / 2)
     pool.give(origin, new := pool.take(origin)[0])
     pool.close_expired()
-    assert old[0].is_connected
+    assert old[0].is_fresh
     clock(network.IDLE_SECONDS / 2)
     pool.close_expired()
-    assert (old[0].sock, new.is_connected, new is old[1]) == (None, True, True)
+    assert (old[0].sock, new.is_fresh, new is old[1]) == (None, True, True)
 
 
 def test_of_too_many_idle_connections_the_oldest_go(pooled, monkeypatch):
@@ -416,15 +416,15 @@ def test_of_too_many_idle_connections_the_oldest_go(pooled, monkeypatch):
     pool, (_, _, port) = pooled
     first, second = idle(pool, ("http", "127.0.0.1", port), 2)
     rest = idle(pool, ("http", "localhost", port), 2)
-    assert [c.is_connected for c in (first, second, *rest)] == [False, True, True, True]
+    assert [c.is_fresh for c in (first, second, *rest)] == [False, True, True, True]
     pool.close()
-    assert not any(c.is_connected for c in (second, *rest))
+    assert not any(c.is_fresh for c in (second, *rest))
 
 
 def test_a_connection_that_the_upstream_closed_is_not_taken(pooled, upstream):
     pool, origin = pooled
     connection, _ = pool.take(origin)
-    connection.connect()
+    connection.connect(2.0)
     pool.give(origin, connection)
     upstream.close()
     assert pool.take(origin)[1] is False

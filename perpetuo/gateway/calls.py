@@ -13,7 +13,7 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 from typing import Any
 
@@ -157,6 +157,12 @@ class Call:
         if not is_ready and monotonic() >= self._until:
             raise Aborted(self._name)
         return is_ready
+
+    def pause(self, seconds: float) -> None:
+        """Waits, unless the call ends before. Raises Aborted."""
+        with self:
+            if seconds > 0:
+                sleep(seconds)
 
     def begin_write(self) -> None:
         """The client is being written to; one that does not read is taken for gone after a while."""

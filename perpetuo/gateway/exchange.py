@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 
 from perpetuo.config import Settings
 from perpetuo.db import storable
-from perpetuo.errors import UpstreamError
+from perpetuo.errors import GatewayError, UpstreamError
 from perpetuo.gateway.calls import Aborted, Call
 from perpetuo.gateway.network import Pool, origin_of
 from perpetuo.gateway.response import Response
@@ -42,10 +42,11 @@ class Attempt:
 
     target: Target
     http_status: int | None = None
-    error: UpstreamError | None = None
+    error: GatewayError | None = None
     began: float = field(default_factory=monotonic)
     ended: float | None = None
     headers: dict[str, str] = field(default_factory=dict)  # for the client
+    dropped: tuple[str, ...] = ()  # parameters that this provider has no place for
 
     @property
     def seconds(self) -> float:

@@ -9,7 +9,7 @@ from time import monotonic
 from urllib.parse import quote
 
 from perpetuo.db import storable
-from perpetuo.errors import GatewayError, Unavailable
+from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.bodies import pack
 from perpetuo.gateway.calls import Aborted, Call
@@ -56,7 +56,7 @@ class Journey:
     upstream: Upstream
     call: Call
     asked: Asked
-    target: Target
+    targets: list[Target]
     row: Row
     keeps_bodies: bool
     began: float
@@ -64,12 +64,18 @@ class Journey:
     first_content: float | None = None
     is_answering: bool = False  # bytes of the answer may have reached the client
 
+    @property
+    def target(self) -> Target:
+        """The one that answers, as far as is known: that of the last attempt."""
+        return self.attempts[-1].target if self.attempts else self.targets[0]
+
     def settle(self, status: str, usage: Usage | None, outcome: Values, *, waits: bool = True) -> None:
         """Writes how it ended. Raises Unavailable where nothing of it could be written."""
         latency = monotonic() - self.began
         upstream_time = sum(attempt.seconds for attempt in self.attempts)
         values: Values = {
             "status": status,
+            **target_values(self.target),
             "attempts": [attempt.as_json() for attempt in self.attempts],
             "latency_us": int(latency * 1e6),
             "overhead_us": max(0, int((latency - upstream_time) * 1e6)),
@@ -91,7 +97,7 @@ class Journey:
     def failed(self, exc: Exception, usage: Usage | None = None) -> Refused:
         """Settles a call that went wrong, and says what the client is told."""
         error, status = error_of(exc)
-        outcome = error_values(error) if status == "error" else {}
+        outcome = error_values(error) if status != "client_closed" else {}
         if self.is_answering:
             outcome["http_status"] = 200
         # The ledger itself has given up: what it has not written stays queued, and nobody waits again.
@@ -104,9 +110,11 @@ class Journey:
 
     def headers(self) -> dict[str, str]:
         """Which provider and model answer, after how many attempts, and what the upstream's headers say."""
-        passed = self.attempts[-1].headers if self.attempts else {}
+        last = self.attempts[-1] if self.attempts else None
+        dropped = {"x-perpetuo-dropped": ", ".join(last.dropped)} if last and last.dropped else {}
         return {
-            **passed,
+            **(last.headers if last else {}),
+            **dropped,
             "x-perpetuo-provider": self.target.key.provider,
             "x-perpetuo-model": quote(storable(self.target.model)[:200], safe=VISIBLE),
             "x-perpetuo-attempts": str(len(self.attempts)),
@@ -115,6 +123,8 @@ class Journey:
 
 def error_of(exc: Exception) -> tuple[GatewayError, str]:
     """What the client is told, and the status of the row."""
+    if isinstance(exc, InvalidRequest):  # no provider that could be asked has a place for a parameter
+        return exc, "refused"
     if isinstance(exc, GatewayError):
         return exc, "error"
     if isinstance(exc, Aborted) and exc.reason == "client_closed":
@@ -123,6 +133,15 @@ def error_of(exc: Exception) -> tuple[GatewayError, str]:
         return Unavailable("This server is shutting down; try again.", code="shutting_down"), "error"
     log.error("a call failed inside the gateway", exc_info=exc)
     return GatewayError("Something went wrong inside the gateway.", code="internal_error"), "error"
+
+
+def target_values(target: Target) -> Values:
+    """Who answers, as it stands in a row."""
+    return {
+        "provider": target.key.provider,
+        "provider_key_id": target.key.id,
+        "served_model": storable(target.model)[:200],
+    }
 
 
 def usage_values(usage: Usage | None) -> Values:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 60.0
 KEPT = 10_000
+OURS = "invalid_request_error"
 TEXT = 1000  # characters of a complaint
 
 
@@ -36,6 +37,8 @@ class Touches:
         """A call ended: its API key was used, and its provider key worked or did not."""
         self._note(api_key_id, outcome["finished_at"], None, False)
         for attempt in outcome.get("attempts") or ():
+            if attempt.get("http_status") is None and (attempt["error"] or {}).get("type") == OURS:
+                continue  # never sent: the request had a parameter that this provider has no place for
             error = storable(attempt["error"]["message"][:TEXT])[:TEXT] if attempt["error"] else None
             self._note(attempt["provider_key_id"], outcome["finished_at"], error, True)
 

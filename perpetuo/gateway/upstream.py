@@ -1,18 +1,23 @@
-"""Sends requests to upstreams: one to one target, its answer whole or as a stream."""
+"""Sends a call to upstreams, until one answers or none is left: its answer whole, or as a stream.
+
+Which target comes next, and when, the plan decides; nothing moves on once the client has content.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
 
 from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing, Unreadable
-from perpetuo.errors import Unavailable, UpstreamError
+from perpetuo.errors import GatewayError, Unavailable, UpstreamError
 from perpetuo.gateway.calls import Aborted, Call, Calls
 from perpetuo.gateway.exchange import Attempt, Exchange, translated
+from perpetuo.gateway.intake import Asked
 from perpetuo.gateway.network import Pool
+from perpetuo.gateway.plan import Plan, Rests
 from perpetuo.gateway.router import Key, Target
 from perpetuo.providers import catalog
 from perpetuo.providers.base import Answer, ChunkReader, ModelRequest, Provider
@@ -48,6 +53,7 @@ class Upstream:
         self._settings = settings
         self._ring = ring
         self._pool = Pool(settings)
+        self._rests = Rests()
 
     def close_expired(self) -> None:
         """Lets go of idle connections whose time is over; called now and then."""
@@ -56,12 +62,25 @@ class Upstream:
     def close(self) -> None:
         self._pool.close()
 
-    def send(self, call: Call, target: Target, request: ModelRequest, attempts: list[Attempt]) -> Answer:
-        """The whole answer. Raises UpstreamError, Unavailable (`provider_key_unreadable`) and Aborted."""
-        secret = self.open_secret(target.key)
-        adapter = _adapter(target)
+    def send(self, call: Call, targets: Sequence[Target], asked: Asked, attempts: list[Attempt]) -> Answer:
+        """The whole answer of the first target that gives one; every try is told in `attempts`.
+
+        Raises the last one's error: UpstreamError, Unavailable (`provider_key_unreadable`) or
+        InvalidRequest (no place for a parameter there); and Aborted.
+        """
+        plan = Plan(targets, self._rests)
         call.allow(self._settings.total_timeout, "total")
-        with self._exchange(call, target, request, secret, attempts) as exchange:
+        while True:
+            try:
+                answer = self._send(call, plan.target, asked.to(plan.target.model), attempts)
+            except GatewayError as exc:
+                _move_on(call, plan, exc)
+            else:
+                plan.worked()
+                return answer
+
+    def _send(self, call: Call, target: Target, request: ModelRequest, attempts: list[Attempt]) -> Answer:
+        with self._attempt(call, target, request, attempts) as (exchange, adapter, secret):
             exchange.await_head(None)
             self._refuse_errors(exchange, adapter, secret)
             body = exchange.read_all(MAX_ANSWER_BYTES)
@@ -69,12 +88,16 @@ class Upstream:
             return adapter.read_answer(request, body, secret=secret)
 
     def stream(
-        self, call: Call, target: Target, request: ModelRequest, attempts: list[Attempt], *, keep_text: bool
+        self,
+        call: Call,
+        targets: Sequence[Target],
+        asked: Asked,
+        attempts: list[Attempt],
+        *,
+        keep_text: bool,
     ) -> Stream:
-        """A stream whose request goes out when its events are asked for. Raises Unavailable."""
-        secret = self.open_secret(target.key)
-        reader = _adapter(target).open_stream(request, keep_text=keep_text, secret=secret)
-        return Stream(self, call, target, request, attempts, reader, secret)
+        """A stream whose request goes out when its events are asked for."""
+        return Stream(self, call, targets, asked, attempts, keep_text)
 
     def probe(self, provider: str, base_url: str, secret: str) -> Probe:
         """One cheap call, the upstream's list of models, within ten seconds. An error is in the answer."""
@@ -119,28 +142,32 @@ class Upstream:
             raise unavailable from exc
 
     @contextmanager
-    def _exchange(
-        self, call: Call, target: Target, request: ModelRequest, secret: str, attempts: list[Attempt]
-    ) -> Iterator[Exchange]:
+    def _attempt(
+        self, call: Call, target: Target, request: ModelRequest, attempts: list[Attempt]
+    ) -> Iterator[tuple[Exchange, Provider, str]]:
         """One attempt, sent; whatever happens, it is told in `attempts` and its connection is dealt with."""
-        built = _adapter(target).build_request(request, target.key.base_url, secret)
         attempts.append(Attempt(target))
-        exchange = Exchange(call, self._pool, self._settings, built, attempts)
+        exchange: Exchange | None = None
         try:
+            adapter, secret = _adapter(target), self.open_secret(target.key)
+            built = adapter.build_request(request, target.key.base_url, secret)
+            attempts[-1].dropped = built.dropped
+            exchange = Exchange(call, self._pool, self._settings, built, attempts)
             with translated():
                 try:
                     exchange.send()
-                    yield exchange
+                    yield exchange, adapter, secret
                 except Aborted as exc:
                     if exc.reason not in TIMED_OUT:  # the client left, or the server stops
                         raise
                     raise UpstreamError(TIMED_OUT[exc.reason], status=504, code="upstream_timeout") from exc
-        except UpstreamError as exc:
+        except GatewayError as exc:
             attempts[-1].error = exc
             raise
         finally:
             attempts[-1].ended = monotonic()
-            exchange.close()
+            if exchange is not None:
+                exchange.close()
 
     def _refuse_errors(self, exchange: Exchange, adapter: Provider, secret: str) -> None:
         status = exchange.status or 0
@@ -151,43 +178,62 @@ class Upstream:
 
 
 class Stream:
-    """One streamed answer, not yet sent for."""
+    """One streamed answer, not yet sent for. `reader` is that of the attempt that goes on."""
 
     def __init__(
         self,
         upstream: Upstream,
         call: Call,
-        target: Target,
-        request: ModelRequest,
+        targets: Sequence[Target],
+        asked: Asked,
         attempts: list[Attempt],
-        reader: ChunkReader,
-        secret: str,
+        keep_text: bool,
     ) -> None:
-        self.reader = reader
+        self.reader: ChunkReader | None = None
         self._upstream = upstream
         self._call = call
-        self._target = target
-        self._request = request
+        self._targets = targets
+        self._asked = asked
         self._attempts = attempts
-        self._secret = secret
+        self._keep_text = keep_text
+        self._quiet_until = 0.0
 
     def events(self) -> Generator[bytes | None]:
         """The client's bytes, and None after 15 s without any.
 
-        Ends when the answer is whole; raises UpstreamError where it is not, and Aborted.
+        Ends when the answer is whole; raises the last attempt's error where it is not (as `send` does), and
+        Aborted.
         """
-        settings, call, reader = self._upstream._settings, self._call, self.reader
-        quiet_until = monotonic() + KEEP_ALIVE_SECONDS
-        context = self._upstream._exchange(call, self._target, self._request, self._secret, self._attempts)
-        with context as exchange:
+        plan = Plan(self._targets, self._upstream._rests)
+        self._spoke()
+        while True:
+            self.reader = None
+            try:
+                yield from self._attempt(plan.target)
+            except GatewayError as exc:
+                if self.reader is not None and self.reader.has_content:
+                    raise
+                _move_on(self._call, plan, exc)
+            else:
+                plan.worked()
+                return
+
+    def _spoke(self) -> None:
+        self._quiet_until = monotonic() + KEEP_ALIVE_SECONDS
+
+    def _attempt(self, target: Target) -> Generator[bytes | None]:
+        settings, call = self._upstream._settings, self._call
+        request = self._asked.to(target.model)
+        with self._upstream._attempt(call, target, request, self._attempts) as (exchange, adapter, secret):
+            self.reader = reader = adapter.open_stream(request, keep_text=self._keep_text, secret=secret)
             exchange.allow(settings.first_byte_timeout, "first_byte")
-            while not exchange.await_head(quiet_until - monotonic()):
+            while not exchange.await_head(self._quiet_until - monotonic()):
                 yield None
-                quiet_until = monotonic() + KEEP_ALIVE_SECONDS
-            self._upstream._refuse_errors(exchange, _adapter(self._target), self._secret)
+                self._spoke()
+            self._upstream._refuse_errors(exchange, adapter, secret)
             seen = 0
             while not reader.is_done:
-                if exchange.wait(quiet_until - monotonic()):
+                if exchange.wait(self._quiet_until - monotonic()):
                     piece = exchange.read()
                     if not piece:
                         break
@@ -199,16 +245,24 @@ class Stream:
                         yield b"".join(events)
                         # The time that the client took to read is not the upstream's silence.
                         call.allow(settings.idle_timeout, "idle")
-                        quiet_until = monotonic() + KEEP_ALIVE_SECONDS
+                        self._spoke()
                         call.breathe()
                         continue
-                if monotonic() >= quiet_until:
+                if monotonic() >= self._quiet_until:
                     yield None
-                    quiet_until = monotonic() + KEEP_ALIVE_SECONDS
+                    self._spoke()
             last = reader.close()
             exchange.finish()
             if last:
                 yield b"".join(last)
+
+
+def _move_on(call: Call, plan: Plan, error: GatewayError) -> None:
+    """Waits for the next target's turn. Raises `error` where there is none, or no time for it."""
+    seconds = plan.after(error)
+    if call.total_until - monotonic() <= seconds:
+        raise error
+    call.pause(seconds)
 
 
 def _adapter(target: Target) -> Provider:

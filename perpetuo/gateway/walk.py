@@ -12,13 +12,13 @@ from time import monotonic
 
 from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing
-from perpetuo.db import UNMIGRATED, Database, storable
+from perpetuo.db import UNMIGRATED, Database
 from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.access import Access, Caller
 from perpetuo.gateway.calls import Aborted, Call, Calls
 from perpetuo.gateway.intake import Asked
-from perpetuo.gateway.journey import UNLOGGED, Answer, Journey, Refused, error_of
+from perpetuo.gateway.journey import UNLOGGED, Answer, Journey, Refused, error_of, target_values
 from perpetuo.gateway.ledger import Ledger
 from perpetuo.gateway.offers import Offers
 from perpetuo.gateway.router import Router, Target
@@ -107,7 +107,7 @@ def walk(
             raise Refused(exc, _refuse(gateway, caller, exc, values, kept), {}) from exc
         raise
     call.watch(client)
-    journey = Journey(gateway.ledger, gateway.upstream, call, asked, targets[0], row, keeps_bodies, began)
+    journey = Journey(gateway.ledger, gateway.upstream, call, asked, targets, row, keeps_bodies, began)
     return _stream(journey) if asked.is_stream else _send(journey)
 
 
@@ -132,9 +132,7 @@ def _opening(target: Target, asked: Asked) -> Values:
     """What the row says while the call is in flight, and if its process dies."""
     estimate = len(asked.body) // 4  # four bytes a token; only a sweep ever shows it
     return {
-        "provider": target.key.provider,
-        "provider_key_id": target.key.id,
-        "served_model": storable(target.model)[:200],
+        **target_values(target),
         "prompt_tokens": estimate,
         "completion_tokens": 0,
         "total_tokens": estimate,
@@ -155,10 +153,9 @@ def _refuse(
 
 def _send(journey: Journey) -> Answer:
     """A whole answer: settled before its first byte."""
-    target, call = journey.target, journey.call
+    call = journey.call
     try:
-        request = journey.asked.to(target.model)
-        answer = journey.upstream.send(call, target, request, journey.attempts)
+        answer = journey.upstream.send(call, journey.targets, journey.asked, journey.attempts)
     except Exception as exc:
         raise journey.failed(exc) from exc
     finally:
@@ -183,14 +180,11 @@ def _pieces(journey: Journey) -> Generator[bytes]:
     The row is committed before the first byte, and settled before `[DONE]`. A client that leaves after the
     finish reason had its answer.
     """
-    reader: ChunkReader | None = None
-    events: Generator[bytes | None] | None = None
+    stream = journey.upstream.stream(
+        journey.call, journey.targets, journey.asked, journey.attempts, keep_text=journey.keeps_bodies
+    )
+    events = stream.events()
     try:
-        request = journey.asked.to(journey.target.model)
-        stream = journey.upstream.stream(
-            journey.call, journey.target, request, journey.attempts, keep_text=journey.keeps_bodies
-        )
-        reader, events = stream.reader, stream.events()
         for piece in events:
             if not journey.is_answering:
                 journey.ledger.ensure_open(journey.row)
@@ -200,15 +194,17 @@ def _pieces(journey: Journey) -> Generator[bytes]:
             journey.call.begin_write()
             yield KEEP_ALIVE if piece is None else piece
             journey.call.end_write()
+        reader = stream.reader
+        assert reader is not None  # its events have ended well
         journey.answered(reader.usage(), reader.text(), reader.completion)
         yield DONE
     except GeneratorExit:
-        if events is not None:
-            events.close()  # first of all: the upstream must not talk on while we wait for the database
+        events.close()  # first of all: the upstream must not talk on while we wait for the database
         if not journey.row.is_ending:
-            _client_left(journey, reader)
+            _client_left(journey, stream.reader)
         raise
     except Exception as exc:
+        reader = stream.reader
         if isinstance(exc, Aborted) and exc.reason == "client_closed" and reader and reader.has_content:
             _client_left(journey, reader)
             return
@@ -218,8 +214,7 @@ def _pieces(journey: Journey) -> Generator[bytes]:
             raise refused from exc
         yield b"data: " + write_json(refused.error.body()) + b"\n\n"
     finally:
-        if events is not None:
-            events.close()  # its connection goes back or away
+        events.close()  # its connection goes back or away
         journey.call.close()
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import sqlalchemy as sa
 
+from perpetuo.gateway import plan
 from perpetuo.models import RequestLog, UsageCounter
 from tests.balance import books_balance
 from tests.tenants import Tenant, new_tenant
@@ -18,6 +19,12 @@ def tenant(gateway, upstream) -> Tenant:
     tenant = new_tenant(gateway)
     tenant.add_provider_key(upstream.base_url)
     return tenant
+
+
+@pytest.fixture(autouse=True)
+def hasty_retries(monkeypatch):
+    """What is tried again, is so at once."""
+    monkeypatch.setattr(plan, "FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture

@@ -21,8 +21,11 @@ START_SECONDS = 20.0
 class Serving:
     """`with Serving(database_url, folder) as server:` starts it migrated; `.url` is where it answers."""
 
-    def __init__(self, database_url: str, folder: Path, *, workers: int = 2, **settings: str) -> None:
+    def __init__(
+        self, database_url: str, folder: Path, *, workers: int = 2, root: Path = ROOT, **settings: str
+    ) -> None:
         self.folder = folder
+        self.root = root  # whose code runs: the benchmark serves another checkout as well
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log_path = folder / f"server-{self.port}.log"
@@ -47,7 +50,7 @@ class Serving:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "gunicorn", "wsgi:app"],
-                cwd=ROOT,
+                cwd=self.root,
                 env=self.environ,
                 stdout=log,
                 stderr=log,

@@ -1,3 +1,4 @@
+import json
 import re
 import sysconfig
 from importlib.metadata import version
@@ -36,6 +37,16 @@ def test_all_that_is_installed_is_pinned_by_hash(name):
     assert all("--hash=sha256:" in block for block in blocks)
     asked = {re.split(r"[\[=]", line)[0].lower().replace("_", "-") for line in asked_for()}
     assert asked <= {package.lower() for package in pinned(name)}
+
+
+def test_npm_packages_are_pinned_by_hash_and_come_from_the_registry_that_is_set():
+    folder = ROOT / "tests" / "clients" / "npm"
+    asked = json.loads((folder / "package.json").read_text())["dependencies"]
+    lock = json.loads((folder / "package-lock.json").read_text())["packages"]
+    installed = {name: each for name, each in lock.items() if name}
+    assert {name: installed[f"node_modules/{name}"]["version"] for name in asked} == asked
+    assert all(each["integrity"].startswith("sha512-") for each in installed.values())
+    assert not any("resolved" in each for each in installed.values())
 
 
 def test_development_runs_what_production_runs():

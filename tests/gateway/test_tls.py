@@ -14,9 +14,10 @@ from cryptography.x509.oid import NameOID
 
 from perpetuo.gateway import upstream as upstream_module
 from tests.conftest import BACKENDS
-from tests.fake_upstream import LoopbackServer, hang, stale, status, stream
+from tests.fake_upstream import LoopbackServer, hang, headers_then_hang, stale, stall_after, status, stream
 from tests.gateway.test_chat import text_of
-from tests.house import House, new_database
+from tests.gateway.test_leaving import SOON
+from tests.house import House, Visitor, new_database
 from tests.tenants import new_tenant
 
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -181,13 +182,54 @@ def test_a_stale_connection_under_tls_costs_a_second_try(
     assert (upstream.stale_closes, front.connections) == (1, 2)
 
 
-def test_the_real_server_trusts_the_file_of_its_operator(request, tmp_path, certificate, front, upstream):
-    url = new_database(request, BACKENDS[0], tmp_path)
-    with House(url, tmp_path, SSL_CERT_FILE=str(certificate[0])) as house:
-        tenant = new_tenant(house.gateway)
-        tenant.add_provider_key(front.base_url())
-        for _ in range(2):
-            assert house.post(tenant).status_code == 200
-            assert house.post(tenant, stream=True).content.endswith(DONE)
-        assert (len(upstream.requests), front.connections) == (4, 1)
-        assert [row["status"] for row in house.settled(tenant, 4)] == ["ok"] * 4
+# The real server.
+
+
+@pytest.fixture(scope="module")
+def tls_house(request, tmp_path_factory, certificate):
+    folder = tmp_path_factory.mktemp("tls_house")
+    url = new_database(request, BACKENDS[0], folder)
+    with House(url, folder, SSL_CERT_FILE=str(certificate[0])) as house:
+        yield house
+
+
+@pytest.fixture
+def guest(tls_house, front):
+    tenant = new_tenant(tls_house.gateway)
+    tenant.add_provider_key(front.base_url())
+    return tenant
+
+
+def test_the_real_server_trusts_the_file_of_its_operator(tls_house, guest, front, upstream):
+    for _ in range(2):
+        assert tls_house.post(guest).status_code == 200
+        assert tls_house.post(guest, stream=True).content.endswith(DONE)
+    assert (len(upstream.requests), front.connections) == (4, 1)
+    assert [row["status"] for row in tls_house.settled(guest, 4)] == ["ok"] * 4
+
+
+@pytest.mark.parametrize("with_reset", [False, True], ids=["FIN", "RST"])
+@pytest.mark.parametrize("fields", [{"stream": True}, {}], ids=["stream", "plain"])
+@pytest.mark.parametrize(
+    "reply", [hang(), headers_then_hang(), stall_after(3)], ids=["no head", "no content", "some content"]
+)
+def test_leaving_a_silent_upstream_under_tls_closes_its_connection(
+    tls_house, guest, front, upstream, reply, fields, with_reset
+):
+    upstream.reply = reply
+    visitor = Visitor(tls_house, guest, **fields)
+    upstream.wait_for_requests(1)
+    visitor.leave(with_reset=with_reset)
+    upstream.wait_for_close(upstream.requests[0], SOON)
+    assert [row["status"] for row in tls_house.settled(guest)] == ["client_closed"]
+
+
+def test_leaving_a_reused_connection_under_tls_closes_it(tls_house, guest, front, upstream):
+    upstream.script([stream(), hang()])
+    assert tls_house.post(guest, stream=True).content.endswith(DONE)
+    visitor = Visitor(tls_house, guest, stream=True)
+    upstream.wait_for_requests(2)
+    visitor.leave()
+    upstream.wait_for_close(upstream.requests[1], SOON)
+    assert [row["status"] for row in tls_house.settled(guest, 2)] == ["ok", "client_closed"]
+    assert front.connections == 1

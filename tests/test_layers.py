@@ -6,19 +6,32 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "perpetuo"
 FLOORS = [
-    {"config", "made_secrets", "errors", "crypto", "schemas", "fields", "periods", "throttle", "wire"},
-    {"providers", "pricing"},
-    {"db", "engines", "native", "liveness", "models"},
+    {
+        "config",
+        "addresses",
+        "made_secrets",
+        "errors",
+        "log_lines",
+        "crypto",
+        "schemas",
+        "fields",
+        "periods",
+        "throttle",
+        "wire",
+    },
+    {"providers", "pricing", "price_list", "output_limits"},
+    {"columns", "db", "db_errors", "engines", "native", "pulse", "liveness", "models"},
     {"gateway", "accounts", "listing", "reports", "usage"},
-    {"web", "guard", "gateway.routes", "auth", "workspaces", "api_keys", "provider_keys", "logs"},
-    {"", "cli", "checks"},
+    {"web", "forms", "metrics", "guard", "gateway.routes", "auth", "workspaces", "api_keys"}
+    | {"provider_keys", "logs"},
+    {"", "cli", "checks", "worker"},
 ]
 BLUEPRINTS = {"gateway.routes": 1, "auth": 2, "logs": 3, "workspaces": 4, "api_keys": 4, "provider_keys": 4}
 FENCES = {
     "requests": set(),
     "urllib3": {"gateway.exchange", "gateway.network"},
     "cryptography": {"crypto"},
-    "gevent": {"gateway.calls", "engines", "native"},
+    "gevent": {"gateway.calls", "gateway.clients", "engines", "native", "pulse"},
     "perpetuo.db.db": {""},
 }
 FLASK = {"flask", "flask_login", "flask_migrate", "flask_sqlalchemy", "werkzeug"}

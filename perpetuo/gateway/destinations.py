@@ -7,6 +7,7 @@ was spelt.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import threading
 from concurrent.futures import Future
@@ -24,6 +25,8 @@ STALE_SECONDS = 300.0  # the old addresses serve so long where looking up again 
 PATIENCE_SECONDS = 0.5
 NAMES_KEPT = 1000
 NEW_LOOKUPS = 48  # of the LOOKUPS at a time, for names that were not found before
+
+_API_VERSION = re.compile(r"api-version=[0-9A-Za-z.-]{1,40}")  # Azure's older URLs need it
 
 Address = tuple[Any, ...]  # as getaddrinfo gives it
 
@@ -181,8 +184,8 @@ def base_url_fault(url: str, settings: Settings) -> str | None:
         return "A base URL begins with http:// or https:// and a host."
     if parts.username is not None or parts.password is not None:
         return "A base URL must not hold a user name or password."
-    if parts.query or parts.fragment or "?" in url or "#" in url:
-        return "A base URL has no ? and no #."
+    if parts.fragment or "#" in url or ("?" in url and not _API_VERSION.fullmatch(parts.query)):
+        return "A base URL has no # and no ?, but for Azure's ?api-version=…"
     if not url.isascii() or any(character <= " " or character == "\\" for character in url):
         return "A base URL has only visible ASCII characters."
     if parts.path.rstrip("/").endswith(("/chat/completions", "/embeddings", "/models")):

@@ -33,6 +33,7 @@ END_SECONDS = 0.005  # after [DONE] the end of the body mostly comes in the next
 # What of an upstream's headers the client may see; all else stays here.
 PASSED = ("openai-processing-ms", "openai-version")
 RATE_LIMIT = re.compile(r"x-ratelimit-[a-z0-9-]{1,60}")
+SECRET_HEADERS = ("authorization", "api-key", "x-api-key")  # of a request, one of them
 BODILESS = (204, 205, 304)  # some servers send a body all the same
 
 
@@ -242,7 +243,8 @@ class Exchange:
 
     def _client_headers(self) -> dict[str, str]:
         """The upstream's headers that the client gets; none that gives our own authorization back."""
-        secret = self._request.headers.get("authorization", "").removeprefix("Bearer ")
+        sent = self._request.headers
+        secret = next((sent[name].removeprefix("Bearer ") for name in SECRET_HEADERS if name in sent), "")
         passed = {name: value for name, value in self.headers.items() if _is_passed(name)}
         upstream_id = self.headers.get("x-request-id")
         if upstream_id:

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from perpetuo.errors import UpstreamError
 
-Endpoint = Literal["chat.completions", "embeddings"]
+Endpoint = Literal["chat.completions", "embeddings", "responses"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ class ChunkReader(Protocol):
 
     `feed` returns complete events (`b"data: {…}\\n\\n"`), none before the first content; it raises
     UpstreamError for an error event, for an event that does not parse and for one above 16 MiB.
-    `close` is called once the stream is done or its body ended; it returns the last events (never `[DONE]`)
-    and raises UpstreamError where no finish reason came. Where good events came before an error in the same
-    piece, `feed` returns them and ends the stream (`is_done`); `close` then raises the error.
+    `close` is called once the stream is done or its body ended; it returns the last events (never
+    the `ending`) and raises UpstreamError where no finish reason came. Where good events came before an error
+    in the same piece, `feed` returns them and ends the stream (`is_done`); `close` then raises the error.
     """
 
     is_done: bool  # the upstream said `[DONE]`, or there is nothing more to come for another reason
@@ -90,6 +90,7 @@ class ChunkReader(Protocol):
     has_content: bool  # the client's first event has been returned by `feed`
     model: str | None  # the upstream's own name for the model
     data_events: int  # events with data so far; comments do not count
+    ending: bytes  # what follows the last event of a whole answer, once its row is settled
 
     def feed(self, data: bytes) -> list[bytes]: ...
     def close(self) -> list[bytes]: ...
@@ -99,6 +100,8 @@ class ChunkReader(Protocol):
 
 
 class Provider(Protocol):
+    """`build_request` may raise InvalidRequest, for what this provider cannot do; it was not sent then."""
+
     name: str
 
     def build_request(self, request: ModelRequest, base_url: str, secret: str) -> UpstreamRequest: ...

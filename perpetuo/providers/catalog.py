@@ -1,6 +1,7 @@
 """The catalogue: which providers there are by name, and where a bare model name belongs.
 
-Data only. Base URLs are those of the providers' own documentation, 2026.
+Data only. Base URLs are those of the providers' own documentation, 2026; so is who has `/v1/responses` (its
+"Responses API" page or section). How a provider's dialect differs from OpenAI's stands in `hosts`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from perpetuo.providers.anthropic import Anthropic
 from perpetuo.providers.base import Provider
+from perpetuo.providers.hosts import HOSTS
 from perpetuo.providers.openai import OpenAI
 
 
@@ -22,6 +25,7 @@ class CatalogEntry:
     base_url: str | None
     patterns: tuple[str, ...] = ()
     may_lack_api_key: bool = False
+    has_responses: bool = False
 
     @property
     def needs_base_url(self) -> bool:
@@ -33,6 +37,7 @@ CATALOG: dict[str, CatalogEntry] = {
         "openai",
         "https://api.openai.com/v1",
         ("gpt-*", "chatgpt-*", "o1*", "o3*", "o4*", "text-embedding-*", "codex-*", "ft:gpt-*", "ft:o*"),
+        has_responses=True,
     ),
     "anthropic": CatalogEntry("anthropic", "https://api.anthropic.com", ("claude-*",)),
     "groq": CatalogEntry("openai", "https://api.groq.com/openai/v1"),
@@ -48,28 +53,31 @@ CATALOG: dict[str, CatalogEntry] = {
             "pixtral-*",
             "voxtral-*",
             "open-mi?tral-*",
+            "labs-*stral-*",
         ),
     ),
     "together": CatalogEntry("openai", "https://api.together.xyz/v1"),
-    "openrouter": CatalogEntry("openai", "https://openrouter.ai/api/v1"),
+    "openrouter": CatalogEntry("openai", "https://openrouter.ai/api/v1", has_responses=True),
     "deepseek": CatalogEntry("openai", "https://api.deepseek.com", ("deepseek-*",)),
-    "xai": CatalogEntry("openai", "https://api.x.ai/v1", ("grok-*",)),
+    "xai": CatalogEntry("openai", "https://api.x.ai/v1", ("grok-*",), has_responses=True),
     "gemini": CatalogEntry(
         "openai", "https://generativelanguage.googleapis.com/v1beta/openai", ("gemini-*", "models/gemini-*")
     ),
     "fireworks": CatalogEntry("openai", "https://api.fireworks.ai/inference/v1", ("accounts/fireworks/*",)),
-    "azure": CatalogEntry("openai", None),
-    "ollama": CatalogEntry("openai", "http://localhost:11434/v1", may_lack_api_key=True),
-    "vllm": CatalogEntry("openai", None, may_lack_api_key=True),
-    "custom": CatalogEntry("openai", None, may_lack_api_key=True),
+    "azure": CatalogEntry("openai", None, has_responses=True),
+    "ollama": CatalogEntry("openai", "http://localhost:11434/v1", may_lack_api_key=True, has_responses=True),
+    "vllm": CatalogEntry("openai", None, may_lack_api_key=True, has_responses=True),
+    "custom": CatalogEntry("openai", None, may_lack_api_key=True, has_responses=True),
 }
 
-_OPENAI = OpenAI()
+_ADAPTERS: dict[str, Provider] = {
+    name: OpenAI(HOSTS[name]) if entry.adapter == "openai" else Anthropic() for name, entry in CATALOG.items()
+}
 
 
 def adapter(name: str) -> Provider | None:
-    """The shared adapter for a name of the catalogue; None for one that is not built yet."""
-    return _OPENAI if CATALOG[name].adapter == "openai" else None
+    """The shared adapter for a name of the catalogue; None for a name that is not in it."""
+    return _ADAPTERS.get(name)
 
 
 def provider_for_model(bare_name: str) -> str | None:

@@ -1,40 +1,50 @@
 """The adapter for OpenAI and for every server that speaks its protocol.
 
-The client's body travels as it came; only what has to change is spliced. Whole answers, errors and
-streams are read next door: `openai_answer`, `openai_errors`, `openai_stream`.
+The client's body travels as it came; only what has to change is spliced (`openai_request`). Whole answers,
+errors and streams are read next door: `openai_answer`, `openai_errors`, `openai_stream`; those of
+`/v1/responses`: `responses_answer`, `responses_stream`. How hosts differ: `hosts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from perpetuo.errors import UpstreamError
-from perpetuo.providers import openai_answer, openai_errors
-from perpetuo.providers.base import Answer, ModelRequest, UpstreamRequest
-from perpetuo.providers.jsonbody import read_json, replace_members
+from perpetuo.providers import openai_answer, openai_errors, responses_answer
+from perpetuo.providers.base import Answer, ChunkReader, ModelRequest, UpstreamRequest
+from perpetuo.providers.hosts import OPENAI, Host
+from perpetuo.providers.jsonbody import read_json
+from perpetuo.providers.openai_request import build_body
 from perpetuo.providers.openai_stream import OpenAIStream
-
-_PATHS = {"chat.completions": "/chat/completions", "embeddings": "/embeddings"}
+from perpetuo.providers.openai_urls import endpoint_url, models_url
+from perpetuo.providers.responses_stream import ResponsesStream
 
 
 class OpenAI:
-    name = "openai"
+    """One host; what it has in common with OpenAI is most of it."""
+
+    def __init__(self, host: Host = OPENAI) -> None:
+        self.name = host.name
+        self._host = host
 
     def build_request(self, request: ModelRequest, base_url: str, secret: str) -> UpstreamRequest:
-        """The upstream request; `base_url` usually ends in `/v1`, without `secret` no authorization."""
-        is_stream = request.is_stream and request.endpoint == "chat.completions"
+        """The upstream request; `base_url` usually ends in `/v1`, without `secret` no authorization.
+
+        Raises InvalidRequest (`unsupported_parameter`) for what the host cannot do.
+        """
+        is_stream = request.is_stream and request.endpoint != "embeddings"
         headers = {
             **request.headers,
-            **_headers(secret, accept="text/event-stream" if is_stream else "application/json"),
+            **self._headers(secret, accept="text/event-stream" if is_stream else "application/json"),
             "content-type": "application/json",
         }
-        url = base_url.rstrip("/") + _PATHS[request.endpoint]
-        return UpstreamRequest(url, headers, _body(request, is_stream))
+        url = endpoint_url(self._host, base_url, request.endpoint, request.model)
+        body, dropped = build_body(request, self._host, is_stream)
+        return UpstreamRequest(url, headers, body, dropped=dropped)
 
     def build_models_request(self, base_url: str, secret: str) -> UpstreamRequest:
-        headers = _headers(secret, accept="application/json")
-        return UpstreamRequest(base_url.rstrip("/") + "/models", headers, method="GET")
+        headers = self._headers(secret, accept="application/json")
+        return UpstreamRequest(models_url(self._host, base_url), headers, method="GET")
 
     def read_models(self, body: bytes) -> list[str]:
         """The ids of `{"data": [{"id": …}]}`, or of the bare list that Together sends."""
@@ -52,36 +62,28 @@ class OpenAI:
             raise UpstreamError(
                 "The upstream's list of models has an id that is no text.", upstream_status=200
             )
-        return names
+        return [name.removeprefix(self._host.model_prefix) for name in names]
 
     def read_answer(self, request: ModelRequest, body: bytes, *, secret: str = "") -> Answer:
-        """See `openai_answer.read_answer`."""
-        return openai_answer.read_answer(request, body, secret)
+        """See `openai_answer.read_answer` and `responses_answer.read_answer`."""
+        if request.endpoint == "responses":
+            return responses_answer.read_answer(request, body, secret)
+        return openai_answer.read_answer(request, body, secret, self._host)
 
     def read_error(self, status: int, headers: Mapping[str, str], body: bytes, secret: str) -> UpstreamError:
         """See `openai_errors.read_error`."""
-        return openai_errors.read_error(status, headers, body, secret)
+        return openai_errors.read_error(status, headers, body, secret, self._host.bad_key)
 
-    def open_stream(self, request: ModelRequest, *, keep_text: bool, secret: str = "") -> OpenAIStream:
+    def open_stream(self, request: ModelRequest, *, keep_text: bool, secret: str = "") -> ChunkReader:
         """A reader for one stream that answers `request`."""
-        return OpenAIStream(request, keep_text=keep_text, secret=secret)
+        if request.endpoint == "responses":
+            return ResponsesStream(request, keep_text=keep_text, secret=secret)
+        return OpenAIStream(request, keep_text=keep_text, secret=secret, host=self._host)
 
-
-def _headers(secret: str, *, accept: str) -> dict[str, str]:
-    headers = {"accept": accept, "accept-encoding": "identity", "user-agent": "perpetuo/0.1"}
-    if secret:
-        headers["authorization"] = f"Bearer {secret}"
-    return headers
-
-
-def _body(request: ModelRequest, is_stream: bool) -> bytes:
-    changes: dict[str, Any] = {}
-    if request.fields.get("model") != request.model:
-        changes["model"] = request.model
-    options = request.fields.get("stream_options")
-    # What is neither an object nor null is the client's mistake, for the upstream to name.
-    if is_stream and (options is None or isinstance(options, dict)) and not request.wants_usage:
-        changes["stream_options"] = {**(options or {}), "include_usage": True}
-    if not changes and "models" not in request.fields:
-        return request.body
-    return replace_members(request.body, changes, ("models",))
+    def _headers(self, secret: str, *, accept: str) -> dict[str, str]:
+        headers = {"accept": accept, "accept-encoding": "identity", "user-agent": "perpetuo/0.1"}
+        if secret and self._host.auth == "api-key":
+            headers["api-key"] = secret
+        elif secret:
+            headers["authorization"] = f"Bearer {secret}"
+        return headers

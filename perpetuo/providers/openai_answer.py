@@ -11,29 +11,32 @@ from typing import Any
 
 from perpetuo.errors import UpstreamError
 from perpetuo.providers.base import Answer, ModelRequest
+from perpetuo.providers.hosts import Host
 from perpetuo.providers.jsonbody import read_json, write_json
 from perpetuo.providers.openai_errors import failure
 from perpetuo.providers.openai_message import (
     arguments_text,
+    finish_reason,
     flatten_content,
     message_characters,
     message_text,
+    name_thoughts,
     new_call_id,
     new_completion_id,
 )
-from perpetuo.providers.openai_usage import read_usage
+from perpetuo.providers.openai_usage import mend_usage, read_usage
 
 
-def read_answer(request: ModelRequest, body: bytes, secret: str) -> Answer:
+def read_answer(request: ModelRequest, body: bytes, secret: str, host: Host) -> Answer:
     """Read the body of a 200 for `request`. UpstreamError for what is no answer, an `error` in it too."""
-    fields = _read_object(body)
+    fields = read_object(body)
     if fields.get("error") is not None:
         raise failure(fields, secret)
     if request.endpoint == "embeddings":
         return _read_embeddings(request, body, fields)
-    messages = _messages(fields)
+    messages = _messages(fields, secret)
     try:
-        if _mend(fields, request.model):
+        if _mend(fields, request.model, host):
             body = write_json(fields)
         usage = read_usage(fields.get("usage"), request.fields, sum(map(message_characters, messages)))
         return Answer(body, usage, message_text(messages[0]), _model(fields))
@@ -41,7 +44,8 @@ def read_answer(request: ModelRequest, body: bytes, secret: str) -> Answer:
         raise UpstreamError("The upstream's answer is nested too deeply.", upstream_status=200) from exc
 
 
-def _read_object(body: bytes) -> dict[str, Any]:
+def read_object(body: bytes) -> dict[str, Any]:
+    """The JSON object that an answer is. UpstreamError for anything else."""
     try:
         fields = read_json(body)
     except ValueError as exc:
@@ -61,7 +65,7 @@ def _read_embeddings(request: ModelRequest, body: bytes, fields: dict[str, Any])
     return Answer(body, read_usage(reported, request.fields, 0), "", _model(fields))
 
 
-def _messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _messages(fields: Mapping[str, Any], secret: str) -> list[dict[str, Any]]:
     choices = fields.get("choices")
     if not isinstance(choices, list) or not choices:
         raise UpstreamError("The upstream's answer has no choices.", upstream_status=200)
@@ -70,6 +74,8 @@ def _messages(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
         message = choice.get("message") if isinstance(choice, dict) else None
         if not isinstance(message, dict):
             raise UpstreamError("The upstream's answer has a choice without a message.", upstream_status=200)
+        if choice.get("error"):  # OpenRouter
+            raise failure(choice, secret)
         messages.append(message)
     return messages
 
@@ -79,7 +85,7 @@ def _model(fields: Mapping[str, Any]) -> str | None:
     return model if isinstance(model, str) and model else None
 
 
-def _mend(fields: dict[str, Any], model: str) -> bool:
+def _mend(fields: dict[str, Any], model: str, host: Host) -> bool:
     """Mend `fields` in place; True if anything was amiss."""
     is_mended = False
     if not isinstance(fields.get("id"), str) or not fields["id"]:
@@ -95,8 +101,9 @@ def _mend(fields: dict[str, Any], model: str) -> bool:
         fields["model"] = model
         is_mended = True
     for position, choice in enumerate(fields["choices"]):
-        is_mended |= _mend_choice(choice, position)
-    return is_mended
+        is_mended |= _mend_choice(choice, position, host)
+    usage = fields.get("usage")
+    return (isinstance(usage, dict) and mend_usage(usage, host)) or is_mended
 
 
 def created_at(created: object) -> int:
@@ -104,19 +111,27 @@ def created_at(created: object) -> int:
     return int(created) if isinstance(created, float) and created > 0 else int(time.time())
 
 
-def _mend_choice(choice: dict[str, Any], position: int) -> bool:
+def _mend_choice(choice: dict[str, Any], position: int, host: Host) -> bool:
     is_mended = False
     if type(choice.get("index")) is not int:
         choice["index"] = position
         is_mended = True
-    if "finish_reason" not in choice:
-        choice["finish_reason"] = None
-        is_mended = True
-    return _mend_message(choice["message"]) or is_mended
+    is_mended |= _mend_message(choice["message"], host)
+    return _mend_finish(choice, host) or is_mended
 
 
-def _mend_message(message: dict[str, Any]) -> bool:
-    is_mended = False
+def _mend_finish(choice: dict[str, Any], host: Host) -> bool:
+    """A whole answer is finished, whether the upstream says so or not: xAI and Ollama may not."""
+    given, has_calls = choice.get("finish_reason"), bool(choice["message"].get("tool_calls"))
+    if isinstance(given, str) and given:
+        choice["finish_reason"] = finish_reason(given, has_calls, host)
+    else:
+        choice["finish_reason"] = "tool_calls" if has_calls else "stop"
+    return choice["finish_reason"] != given
+
+
+def _mend_message(message: dict[str, Any], host: Host) -> bool:
+    is_mended = host.thinks_as_reasoning and name_thoughts(message)
     if message.get("role") != "assistant":
         message["role"] = "assistant"
         is_mended = True

@@ -10,7 +10,14 @@ from io import StringIO
 from typing import Any
 
 from perpetuo.errors import UpstreamError
-from perpetuo.providers.openai_message import arguments_text, flatten_content, new_call_id
+from perpetuo.providers.hosts import Host
+from perpetuo.providers.openai_message import (
+    arguments_text,
+    finish_reason,
+    flatten_content,
+    name_thoughts,
+    new_call_id,
+)
 
 _MAX_CALLS = 1_024
 _CONTENT = (
@@ -108,10 +115,11 @@ class ToolCall:
 class Choice:
     """One choice. `finish_reason` is None until it came; `has_role` says that the client got the role."""
 
-    def __init__(self, room: TextRoom) -> None:
+    def __init__(self, room: TextRoom, host: Host) -> None:
         self.finish_reason: str | None = None
         self.has_role = False
         self._room = room
+        self._host = host
         self._texts = {name: StringIO() for name in ("content", "reasoning_content", "refusal")}
         self._calls: list[ToolCall] = []
         self._calls_by_key: dict[tuple[int | None, str | None], ToolCall] = {}
@@ -134,6 +142,8 @@ class Choice:
         if content is not None and not isinstance(content, str):
             flatten_content(delta)
             is_mended = True
+        if "reasoning" in delta and self._host.thinks_as_reasoning:
+            is_mended |= name_thoughts(delta)
         if "tool_calls" in delta:
             is_mended |= self._mend_calls(delta)
         is_mended |= self._mend_finish(choice)
@@ -145,10 +155,15 @@ class Choice:
         if reason is None and "finish_reason" in choice:
             return False
         if isinstance(reason, str) and reason and self.finish_reason is None:
-            self.finish_reason = reason
-            return False
+            self.finish_reason = finish_reason(reason, bool(self._calls), self._host)
+            choice["finish_reason"] = self.finish_reason
+            return self.finish_reason != reason
         choice["finish_reason"] = None
         return True
+
+    def likely_finish_reason(self) -> str:
+        """What the host would have said."""
+        return "tool_calls" if self._calls else "stop"
 
     def _note_texts(self, delta: dict[str, Any]) -> None:
         content = delta.get("content")
@@ -182,6 +197,8 @@ class Choice:
         index = delta.get("index") if type(delta.get("index")) is int else None
         call_id = delta.get("id") if isinstance(delta.get("id"), str) else None
         keys = (index, call_id or None)
+        if name and self._host.sends_whole_calls:
+            return self._begin_call(keys)
         if keys == (None, None):
             # Neither index nor id: a name begins a call, unless it only repeats that of the last.
             last = self._calls[-1] if self._calls else None

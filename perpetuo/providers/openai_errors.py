@@ -21,6 +21,9 @@ _NO_MONEY = re.compile(
     r"insufficient[_ ]quota|billing|credit|spend(ing)?[_ ]limit|exceeded your current quota", re.IGNORECASE
 )
 _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+# google.rpc.RetryInfo among an error's details. Gemini speaks of quota and billing in its limits per minute
+# too, and says how long to wait here instead of in a header.
+_RETRY_DELAY = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
 
 
 class Words(NamedTuple):
@@ -32,12 +35,18 @@ class Words(NamedTuple):
     param: str | None = None
 
 
-def read_error(status: int, headers: Mapping[str, str], body: bytes, secret: str) -> UpstreamError:
+def read_error(
+    status: int, headers: Mapping[str, str], body: bytes, secret: str, bad_key: re.Pattern[str] | None = None
+) -> UpstreamError:
     """The error for an upstream's answer with a status other than 2xx.
 
-    `headers` in any case; `secret` is cut out of all texts, "" for none.
+    `headers` in any case; `secret` is cut out of all texts, "" for none; `bad_key` finds in a 400 that it is
+    our key which is refused.
     """
     words = redact(_read_body(body), secret)
+    delay = _RETRY_DELAY.search(body) if status == 429 else None
+    if delay:
+        headers = {"retry-after": str(max(1, ceil(float(delay[1]))))} | dict(headers)
     message = words.message or f"The upstream answered with status {status} and without a usable message."
     if 300 <= status < 400:
         return UpstreamError(
@@ -45,13 +54,15 @@ def read_error(status: int, headers: Mapping[str, str], body: bytes, secret: str
             code="upstream_redirect",
             upstream_status=status,
         )
-    if status in (401, 403):
+    is_bad_key = status == 400 and bad_key is not None and bad_key.search(message)
+    if status in (401, 403) or is_bad_key:
         return UpstreamError(
             f"The upstream refused the provider key (status {status}): {message}"[:MAX_MESSAGE_CHARACTERS],
             code="upstream_auth",
             upstream_status=status,
         )
-    if status == 402 or (status == 429 and _NO_MONEY.search(" ".join(filter(None, words)))):
+    is_about_money = not delay and _NO_MONEY.search(" ".join(filter(None, words)))
+    if status == 402 or (status in (412, 429) and is_about_money):  # 412: Fireworks
         return UpstreamError(
             message,
             status=429,
@@ -148,6 +159,9 @@ def read_words(fields: object) -> Words:
     if isinstance(error, str) and error:
         return _read_envelope(fields)._replace(message=error)
     if fields.get("message"):  # Mistral, older vLLM
+        message = fields["message"]
+        if isinstance(message, dict) and "detail" in message:  # Mistral's 422
+            return _read_envelope(fields)._replace(message=_read_detail(message["detail"]))
         return _read_envelope(fields)
     if fields.get("detail"):
         return _read_envelope(fields)._replace(message=_read_detail(fields["detail"]))

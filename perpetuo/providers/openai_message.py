@@ -1,6 +1,7 @@
 """One assistant message in OpenAI's shape: its mends that whole answers and streams share, and its text.
 
-Rules 23 to 32 of the notes on clients: content is a string, arguments are a JSON string.
+Rules 23 to 32 of the notes on clients: content is a string, arguments are a JSON string, thoughts have one
+name, the finish reason is one of five.
 """
 
 from __future__ import annotations
@@ -8,7 +9,23 @@ from __future__ import annotations
 from typing import Any
 from uuid import uuid4
 
+from perpetuo.errors import UpstreamError
+from perpetuo.providers.hosts import Host
 from perpetuo.providers.jsonbody import write_json
+
+# Other words for OpenAI's finish reasons, as their documentation has them in 2026.
+_FINISH_REASONS = {
+    "eos": "stop",  # Together
+    "eos_token": "stop",  # Text Generation Inference
+    "stop_sequence": "stop",
+    "end_turn": "stop",
+    "load": "stop",  # Ollama, of a request that only loads the model
+    "model_length": "length",  # Mistral
+    "max_tokens": "length",
+    "tool_use": "tool_calls",
+}
+# Mistral, OpenRouter; DeepSeek; vLLM: the model was stopped in the middle, and no client would know.
+_FAILURES = ("error", "insufficient_system_resource", "abort")
 
 
 def new_completion_id() -> str:
@@ -17,6 +34,27 @@ def new_completion_id() -> str:
 
 def new_call_id() -> str:
     return f"call_{uuid4().hex[:24]}"
+
+
+def finish_reason(given: str, has_calls: bool, host: Host) -> str:
+    """OpenAI's word for a finish reason; an unknown one stays. Raises UpstreamError where it is a failure."""
+    if given in _FAILURES:
+        raise UpstreamError(f"The upstream broke off its answer ({given}).", upstream_status=200)
+    if given.startswith("content_filter"):  # Gemini adds which of its filters
+        return "content_filter"
+    reason = _FINISH_REASONS.get(given, given)
+    return "tool_calls" if reason == "stop" and has_calls and host.stops_after_calls else reason
+
+
+def name_thoughts(message: dict[str, Any]) -> bool:
+    """Move `reasoning` to `reasoning_content`, the name that most clients know; True if it was there."""
+    thoughts = message.get("reasoning")
+    if not isinstance(thoughts, str):
+        return False
+    del message["reasoning"]
+    if not isinstance(message.get("reasoning_content"), str):
+        message["reasoning_content"] = thoughts
+    return True
 
 
 def flatten_content(message: dict[str, Any]) -> None:

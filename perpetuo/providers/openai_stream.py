@@ -10,12 +10,14 @@ from typing import Any
 
 from perpetuo.errors import UpstreamError
 from perpetuo.providers.base import ModelRequest, Usage
+from perpetuo.providers.endings import DONE
+from perpetuo.providers.hosts import OPENAI, Host
 from perpetuo.providers.jsonbody import read_json, write_json
 from perpetuo.providers.openai_answer import created_at
 from perpetuo.providers.openai_choice import Choice, TextRoom, has_content
 from perpetuo.providers.openai_errors import failure, read_words, redact
 from perpetuo.providers.openai_message import message_text, new_completion_id
-from perpetuo.providers.openai_usage import read_usage
+from perpetuo.providers.openai_usage import mend_usage, read_usage
 from perpetuo.providers.sse import Event, EventSplitter
 
 MAX_KEPT_CHARACTERS = 512 * 1024
@@ -29,14 +31,18 @@ _MAX_HELD_BYTES = 1024 * 1024
 class OpenAIStream:
     """See `base.ChunkReader`. `secret` is cut out of the words of an error."""
 
-    def __init__(self, request: ModelRequest, *, keep_text: bool, secret: str = "") -> None:
+    def __init__(
+        self, request: ModelRequest, *, keep_text: bool, secret: str = "", host: Host = OPENAI
+    ) -> None:
         self.is_done = False
         self.is_finished = False
         self.has_content = False
         self.model: str | None = None
         self.data_events = 0
+        self.ending = DONE
         self._request = request
         self._secret = secret
+        self._host = host
         self._keeps_text = keep_text
         self._room = TextRoom(MAX_KEPT_CHARACTERS if keep_text else -1)
         self._splitter = EventSplitter()
@@ -114,13 +120,11 @@ class OpenAIStream:
         self.data_events += 1
         if data[:1] != b"{" and data.strip() == b"[DONE]":
             self.is_done = True
+            if self._host.done_finishes:
+                self._finish_choices(out)
             return
         fields = self._parse(event)
-        usage = fields.get("usage")
-        if usage is None and "x_groq" in fields and isinstance(fields["x_groq"], dict):
-            usage = fields["x_groq"].get("usage")
-        if isinstance(usage, dict):
-            self._usage = usage
+        is_mended = (fields.get("usage") is not None or "x_groq" in fields) and self._note_usage(fields)
         choices = fields.get("choices")
         if not choices:
             if isinstance(fields.get("usage"), dict):
@@ -128,12 +132,33 @@ class OpenAIStream:
             return  # otherwise Azure's prompt_filter_results, a keep-alive
         if not isinstance(choices, list):
             raise UpstreamError("The upstream sent a chunk whose choices are no list.", upstream_status=200)
-        is_mended = self._mend_frame(fields)
+        is_mended |= self._mend_frame(fields)
         is_mended |= self._mend_choices(choices, out)
         is_mended |= self._mend_usage(fields)
         if is_mended or b"\n" in data:
             data = self._write(fields)
         self._release(_event(data), choices, out)
+
+    def _note_usage(self, fields: dict[str, Any]) -> bool:
+        usage = fields.get("usage")
+        if isinstance(usage, dict):
+            self._usage = usage
+            return mend_usage(usage, self._host)
+        if "x_groq" in fields and isinstance(fields["x_groq"], dict):
+            usage = fields["x_groq"].get("usage")
+            if isinstance(usage, dict):
+                self._usage = usage
+                self._usage_chunk = {"choices": [], "usage": usage}  # clients look for it there only
+        return False
+
+    def _finish_choices(self, out: list[bytes]) -> None:
+        """Say the finish reasons that the host left out."""
+        for index, choice in self._choices.items():
+            if choice.finish_reason is None:
+                last = {"index": index, "delta": {}, "finish_reason": choice.likely_finish_reason()}
+                choice.mend(last)
+                self._release(_event(self._write({**self._frame, "choices": [last]})), [last], out)
+        self.is_finished = bool(self._choices)
 
     def _parse(self, event: Event) -> dict[str, Any]:
         try:
@@ -145,6 +170,8 @@ class OpenAIStream:
                     words.message or "The upstream reported an error.", upstream_status=200
                 ) from exc
             raise UpstreamError("The upstream sent an event that is not JSON.", upstream_status=200) from exc
+        if isinstance(fields, list) and len(fields) == 1:  # Gemini wraps its errors
+            fields = fields[0]
         if event.name == b"error" or (isinstance(fields, dict) and fields.get("error") is not None):
             raise failure(fields, self._secret)
         if not isinstance(fields, dict):
@@ -181,6 +208,8 @@ class OpenAIStream:
         for position, choice in enumerate(choices):
             if not isinstance(choice, dict):
                 raise UpstreamError("The upstream sent a choice that is no object.", upstream_status=200)
+            if choice.get("error"):  # OpenRouter
+                raise failure(choice, self._secret)
             index = choice.get("index")
             if type(index) is not int:
                 index = choice["index"] = position
@@ -211,12 +240,12 @@ class OpenAIStream:
             raise UpstreamError("The upstream sent a choice with an impossible index.", upstream_status=200)
         for lower in range(index):
             if lower not in self._choices:
-                self._choices[lower] = Choice(self._room)
+                self._choices[lower] = Choice(self._room, self._host)
                 delta: dict[str, Any] = {"index": lower, "delta": {}, "finish_reason": None}
                 self._choices[lower].mend(delta)
                 self._release(_event(self._write({**self._frame, "choices": [delta]})), [delta], out)
         self.is_finished = False
-        self._choices[index] = Choice(self._room)
+        self._choices[index] = Choice(self._room, self._host)
         return self._choices[index]
 
     def _release(self, event: bytes, choices: list[Any], out: list[bytes]) -> None:

@@ -1,6 +1,6 @@
 """Token counts as OpenAI-compatible upstreams report them, and an estimate where they do not.
 
-Source: the `CompletionUsage` schema of OpenAI's API; DeepSeek, xAI and Groq as noted at their lines.
+Source: the `CompletionUsage` schema of OpenAI's API; DeepSeek, xAI and Gemini as noted at their lines.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from perpetuo.providers.base import Usage
+from perpetuo.providers.hosts import Host
 
 _MAX_TOKENS = 2**53  # above this a count is no exact number in JSON, nor true
 _BYTES_PER_TOKEN = 4
@@ -16,10 +17,52 @@ _BYTES_PER_TOKEN = 4
 _TEXT_MEMBERS = ("content", "text", "refusal", "tool_calls", "function", "name", "arguments")
 
 
+def mend_usage(fields: dict[str, Any], host: Host) -> bool:
+    """Make a chat's `usage` what clients reckon with, in place; True if anything was amiss.
+
+    Thoughts are inside `completion_tokens`, the total is the sum, the cached tokens have OpenAI's place.
+    """
+    prompt, completion = _count(fields, "prompt_tokens"), _count(fields, "completion_tokens")
+    total = _count(fields, "total_tokens")
+    if prompt is None or completion is None:
+        return False  # of no use to anyone, and for the estimate to fill
+    is_mended = "prompt_cache_hit_tokens" in fields and _mend_cached(fields)
+    if total == prompt + completion:
+        return is_mended
+    thoughts = _count(fields.get("completion_tokens_details"), "reasoning_tokens") or 0
+    if host.counts_thoughts_in_total_only and total is not None and total > prompt + completion:
+        thoughts = total - prompt - completion
+        details = fields.get("completion_tokens_details")
+        fields["completion_tokens_details"] = {
+            **(details if isinstance(details, dict) else {}),
+            "reasoning_tokens": thoughts,
+        }
+    if thoughts and total == prompt + completion + thoughts:  # xAI counts them in the total only, as Gemini
+        fields["completion_tokens"] = completion + thoughts
+        return True
+    if total is None:
+        fields["total_tokens"] = prompt + completion
+        return True
+    return is_mended
+
+
+def _mend_cached(fields: dict[str, Any]) -> bool:
+    """DeepSeek's older name for cached tokens."""
+    hits, details = _count(fields, "prompt_cache_hit_tokens"), fields.get("prompt_tokens_details")
+    if hits is None or (isinstance(details, dict) and "cached_tokens" in details):
+        return False
+    fields["prompt_tokens_details"] = {
+        **(details if isinstance(details, dict) else {}),
+        "cached_tokens": hits,
+    }
+    return True
+
+
 def read_usage(fields: object, request: Mapping[str, Any], answer_characters: int) -> Usage:
     """Usage from an upstream's `usage` object, estimated as far as that is absent or makes no sense.
 
-    `request` are the fields of the client's request, `answer_characters` the length of the answer's text.
+    `fields` have been through `mend_usage`; `request` are the fields of the client's request,
+    `answer_characters` the length of the answer's text.
     `source` is "provider" only if all that is billed was counted by the upstream.
     """
     reported = fields if isinstance(fields, dict) else {}
@@ -33,12 +76,7 @@ def read_usage(fields: object, request: Mapping[str, Any], answer_characters: in
     if prompt is None or completion is None:
         return _estimated(request, answer_characters, prompt, completion)
     reasoning = _count(reported.get("completion_tokens_details"), "reasoning_tokens") or 0
-    if reasoning and total == prompt + completion + reasoning:
-        completion += reasoning  # xAI counts reasoning in the total only
-    cached = _first_count(
-        (reported.get("prompt_tokens_details"), "cached_tokens"),
-        (reported, "prompt_cache_hit_tokens"),  # DeepSeek
-    )
+    cached = _count(reported.get("prompt_tokens_details"), "cached_tokens") or 0
     cache_write = _first_count(
         (reported.get("prompt_tokens_details"), "cache_write_tokens"), (reported, "cache_write_tokens")
     )

@@ -314,6 +314,7 @@ def test_local_mode_allows_home_and_nothing_that_has_credentials(tmp_path):
         ),
         *("http://user@example.com", "http://user:word@example.com", "http://:@example.com", "http://@x"),
         *("https://example.com/v1?key=x", "https://example.com/v1#x", "https://example.com/?", "https://x/#"),
+        *("https://example.com/?api-version=1&key=x", "https://example.com/?api-version=a%20b"),
         *("http://exa mple.com", "http://example.com/\n", "http://example.com\\@127.0.0.1", "http://①.com"),
         *(
             "http://example.com:0",
@@ -335,7 +336,13 @@ def test_what_cannot_be_a_base_url_is_said_before_it_is_saved(url):
 
 
 @pytest.mark.parametrize(
-    "url", ["https://api.openai.com/v1", "http://8.8.8.8:8000/v1/", "https://x.example/"]
+    "url",
+    [
+        "https://api.openai.com/v1",
+        "http://8.8.8.8:8000/v1/",
+        "https://x.example/",
+        "https://x.openai.azure.com/openai/deployments?api-version=2024-10-21",
+    ],
 )
 def test_a_base_url_that_may_be_called_has_no_fault(url):
     assert base_url_fault(url, settings_of()) is None

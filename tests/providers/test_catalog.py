@@ -1,6 +1,7 @@
 import pytest
 
 from perpetuo.providers.catalog import CATALOG, adapter, provider_for_model
+from perpetuo.providers.hosts import HOSTS
 from perpetuo.providers.openai import OpenAI
 
 
@@ -17,6 +18,7 @@ from perpetuo.providers.openai import OpenAI
         ("mistral-large-latest", "mistral"),
         ("open-mixtral-8x7b", "mistral"),
         ("codestral-latest", "mistral"),
+        ("labs-devstral-small-2512", "mistral"),
         ("deepseek-chat", "deepseek"),
         ("llama3", None),
         ("my-gpt-5", None),
@@ -36,8 +38,14 @@ def test_base_urls_end_without_a_slash() -> None:
     assert not any((entry.base_url or "").endswith("/") for entry in CATALOG.values())
 
 
-def test_all_but_anthropic_share_the_one_adapter() -> None:
+def test_each_provider_has_its_own_adapter() -> None:
     adapters = {name: adapter(name) for name in CATALOG}
-    assert adapters.pop("anthropic") is None
-    assert len({id(one) for one in adapters.values()}) == 1
-    assert isinstance(adapters["custom"], OpenAI)
+    assert {name for name, found in adapters.items() if found and found.name != name} == set()
+    assert adapters["custom"] is adapter("custom")
+    assert all(isinstance(adapters[name], OpenAI) for name in HOSTS)
+    assert HOSTS.keys() == {name for name, entry in CATALOG.items() if entry.adapter == "openai"}
+
+
+def test_who_has_the_responses_api() -> None:
+    have = {name for name, entry in CATALOG.items() if entry.has_responses}
+    assert have == {"openai", "azure", "openrouter", "xai", "ollama", "vllm", "custom"}

@@ -7,6 +7,7 @@ import pytest
 from perpetuo.errors import UpstreamError
 from perpetuo.providers import openai_stream
 from perpetuo.providers.base import ModelRequest, Usage
+from perpetuo.providers.hosts import HOSTS
 from perpetuo.providers.openai import OpenAI
 from perpetuo.providers.openai_stream import OpenAIStream
 
@@ -268,6 +269,20 @@ def test_calls_of_gemini_that_share_the_index_0_are_told_apart() -> None:
     assert [delta["tool_calls"][0]["index"] for delta in deltas_of(*calls)] == [0, 1]
 
 
+@pytest.mark.parametrize(("name", "count"), [("gemini", 2), ("ollama", 2), ("openai", 1)])
+@pytest.mark.parametrize("index", [{}, {"index": 0}])
+def test_calls_of_hosts_that_send_them_whole_begin_with_a_name(
+    name: str, count: int, index: dict[str, Any]
+) -> None:
+    request = ModelRequest("chat.completions", "asked", b"", {"stream": True})
+    reader = OpenAI(HOSTS[name]).open_stream(request, keep_text=True)
+    for city in ("Paris", "Rome"):
+        reader.feed(event(call(**index, function={"name": "f", "arguments": f'{{"city":"{city}"}}'})))
+    reader.feed(event(STOP))
+    message = json.loads(reader.completion())["choices"][0]["message"]
+    assert len(message["tool_calls"]) == count
+
+
 def test_calls_with_neither_id_nor_index_are_told_apart_by_name() -> None:
     functions = [
         {"name": "f", "arguments": "{"},
@@ -402,10 +417,17 @@ def test_usage_chunk_comes_last_and_mended() -> None:
     assert outcome.chunks == [*WHOLE, {**FRAME, "choices": [], "usage": USAGE}]
 
 
-@pytest.mark.parametrize("usage", [{"usage": USAGE}, {"x_groq": {"usage": USAGE}}])
+def test_usage_that_only_groq_would_find_has_a_chunk_of_its_own() -> None:
+    groq = STOP | {"x_groq": {"usage": USAGE}}
+    outcome = replay(ROLE, HELLO, groq, DONE, wants_usage=True)
+    assert outcome.chunks == [ROLE, HELLO, groq, {**FRAME, "choices": [], "usage": USAGE}]
+    assert replay(ROLE, HELLO, groq, DONE).chunks == [ROLE, HELLO, groq]
+    assert outcome.reader.usage() == Usage(3, 2, 5)
+
+
 @pytest.mark.parametrize("wants_usage", [True, False])
-def test_usage_beside_choices_passes_and_is_read(usage: dict[str, Any], wants_usage: bool) -> None:
-    parts = [ROLE, HELLO | {"usage": None}, STOP | usage]
+def test_usage_beside_choices_passes_and_is_read(wants_usage: bool) -> None:
+    parts = [ROLE, HELLO | {"usage": None}, STOP | {"usage": USAGE}]
     outcome = replay(*parts, DONE, wants_usage=wants_usage)
     assert outcome.events == [event(part) for part in parts]
     assert outcome.reader.usage() == Usage(3, 2, 5)

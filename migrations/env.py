@@ -5,7 +5,7 @@ import sys
 from alembic import context
 from flask import current_app
 
-from perpetuo.db import Base, Json, UtcDateTime
+from perpetuo.columns import Base, Json, UtcDateTime
 from perpetuo.errors import Unavailable
 
 database = current_app.extensions["perpetuo"].database

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from flask import Flask
-from flask_migrate import Migrate
 
 from perpetuo import (
     api_keys,  # noqa: F401 - its views belong to the blueprint of workspaces
     auth,
     cli,
     logs,
+    metrics,  # noqa: F401 - its view belongs to the blueprint of web
     models,  # noqa: F401 - the tables register themselves
     provider_keys,  # noqa: F401 - like api_keys
     web,
@@ -20,6 +20,7 @@ from perpetuo.config import Settings
 from perpetuo.db import db
 from perpetuo.gateway import routes
 from perpetuo.gateway.walk import Gateway
+from perpetuo.native import is_patched
 
 
 def create_app(config: Settings | None = None) -> Flask:
@@ -33,7 +34,10 @@ def create_app(config: Settings | None = None) -> Flask:
         SQLALCHEMY_DATABASE_URI=settings.database_url,
     )
     db.init_app(app)
-    Migrate(app, db, directory=str(settings_file.ROOT / "migrations"))
+    if not is_patched():  # the server migrates nothing, and Alembic would cost each process 12 MiB
+        from flask_migrate import Migrate
+
+        Migrate(app, db, directory=str(settings_file.ROOT / "migrations"))
     web.init_app(app)
     cli.init_app(app)
     for blueprint in (routes.blueprint, auth.blueprint, workspaces.blueprint, logs.blueprint):

@@ -121,7 +121,7 @@ def _missing() -> NotFound:
 
 def _spent(workspace_id: str, periods: set[str]) -> dict[tuple[str, str], Spending]:
     """By (period, API key) what was spent in the present period."""
-    return web.gateway().database.read(
+    return web.gateway().database.read_many(
         lambda connection: reports.spent_by_api_key(connection, workspace_id, periods)
     )
 

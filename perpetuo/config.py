@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,16 +17,15 @@ from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError
 
-from perpetuo import made_secrets
+from perpetuo import addresses, made_secrets
+from perpetuo.addresses import Network
 
 ROOT = Path(__file__).parent.parent  # where migrations/ stands
 MINIMUM_SECRET = 32  # characters; OWASP ASVS 5.0 asks for 128 bits, this is twice that even in hex
 EXAMPLES = ("change", "example", "secret", "password", "default", "please", "your")
 
 EncryptionKeys = tuple[tuple[str, bytes], ...]
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 
@@ -98,6 +96,14 @@ class _Reader:
             self.faults.append(f"{name} must be {wanted}.")
             return parse(default)
 
+    def address(self, read: Callable[[], T], spare: T) -> T:
+        """What `perpetuo.addresses` makes of a setting; its refusals are whole sentences."""
+        try:
+            return read()
+        except ValueError as exc:
+            self.faults.append(str(exc))
+            return spare
+
     def number(self, name: str, default: int, least: int = 1) -> int:
         return self.parse(
             name, str(default), lambda text: _at_least(int(text), least), f"a whole number from {least}"
@@ -139,17 +145,24 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = None) -
     secret_keys = tuple(read.listed("SECRET_KEY")) or made.get("SECRET_KEY", ())
     encryption_keys = _encryption_keys(read) or made.get("ENCRYPTION_KEYS", ())
     metrics_token = read.text("PERPETUO_METRICS_TOKEN", "") or None
-    hosts, networks = _allowed_upstreams(read, production)
+    allowed = read.listed("PERPETUO_UPSTREAM_ALLOW")
+    none: addresses.Allowed = (frozenset(), ())
+    hosts, networks = read.address(
+        lambda: addresses.allowed_upstreams(allowed, is_local=not production), none
+    )
+    database = read.text("DATABASE_URL", f"sqlite:///{data / 'perpetuo.db'}")
+    public_url = read.text("PUBLIC_URL", "" if production else f"http://localhost:{port}")
+    origins = read.listed("PERPETUO_CORS_ORIGINS")
     settings = Settings(
         env=env,
         data=data,
-        database_url=_database_url(read, data),
+        database_url=read.address(lambda: addresses.database_url(database), make_url("sqlite://")),
         secret_keys=secret_keys,
         encryption_keys=encryption_keys,
         host=read.text("HOST", "0.0.0.0" if production else "127.0.0.1"),  # noqa: S104 - a server's own default
         port=port,
         web_concurrency=read.number("WEB_CONCURRENCY", 2),
-        public_url=_public_url(read, port, production),
+        public_url=read.address(lambda: addresses.public_url(public_url), ""),
         signup=read.choice("PERPETUO_SIGNUP", "first" if production else "open", ("open", "first", "closed")),
         upstream_allow_hosts=hosts,
         upstream_allow_networks=networks,
@@ -162,7 +175,7 @@ def load(environ: Mapping[str, str] | None = None, dotenv: Path | None = None) -
         budget_wait=read.seconds("PERPETUO_BUDGET_WAIT", 5, 0),
         orphan_grace=read.seconds("PERPETUO_ORPHAN_GRACE", 0 if _is_sqlite(read) else 30, 0),
         drain_timeout=read.seconds("PERPETUO_DRAIN_TIMEOUT", 20, 0),
-        cors_origins=_origins(read),
+        cors_origins=read.address(lambda: addresses.origins(origins), frozenset()),
         metrics_token=metrics_token,
     )
     if production:
@@ -180,70 +193,6 @@ def _at_least(number: N, least: float) -> N:
 
 def _is_sqlite(read: _Reader) -> bool:
     return not read.text("DATABASE_URL", "").startswith("postgres")
-
-
-def _database_url(read: _Reader, data: Path) -> URL:
-    """`postgres://` and `postgresql://` both mean psycopg2 (for SQLAlchemy 2.1 alone, psycopg 3)."""
-    text = read.text("DATABASE_URL", f"sqlite:///{data / 'perpetuo.db'}")
-    try:
-        url = make_url(text)
-    except ArgumentError:
-        read.faults.append("DATABASE_URL must be a postgresql:// or sqlite:/// address.")
-        return make_url("sqlite://")
-    if url.drivername in ("postgres", "postgresql", "postgresql+psycopg2"):
-        return url.set(drivername="postgresql+psycopg2")
-    if url.drivername == "sqlite" and url.database and url.database != ":memory:":
-        return url.set(database=str(Path(url.database).absolute()))
-    read.faults.append("DATABASE_URL must be a postgresql:// address, or sqlite:/// with the path of a file.")
-    return url
-
-
-def _public_url(read: _Reader, port: int, production: bool) -> str:
-    text = read.text("PUBLIC_URL", "" if production else f"http://localhost:{port}").rstrip("/")
-    if not text:
-        read.faults.append("PUBLIC_URL must be set in production, such as https://gateway.example.com.")
-        return ""
-    parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path or parts.username:
-        read.faults.append("PUBLIC_URL must be http:// or https:// with a host and no path.")
-    return text
-
-
-def _allowed_upstreams(read: _Reader, production: bool) -> tuple[frozenset[str], tuple[Network, ...]]:
-    """Hosts and networks that upstreams may have although they are not public; local mode adds some."""
-    hosts: set[str] = set()
-    # Local mode: loopback and private ranges, since that is where Ollama and vLLM are.
-    home = (
-        ()
-        if production
-        else ("127.0.0.0/8", "::1/128", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "fc00::/7")
-    )
-    networks: list[Network] = [ipaddress.ip_network(text) for text in home]
-    for part in read.listed("PERPETUO_UPSTREAM_ALLOW"):
-        try:
-            networks.append(ipaddress.ip_network(part, strict=False))
-        except ValueError:
-            if "/" in part or ":" in part:
-                read.faults.append(
-                    "PERPETUO_UPSTREAM_ALLOW must list host names, addresses or networks (CIDR)."
-                )
-            hosts.add(part.lower().rstrip("."))
-    return frozenset(hosts), tuple(networks)
-
-
-def _origins(read: _Reader) -> frozenset[str]:
-    origins = read.listed("PERPETUO_CORS_ORIGINS")
-    for origin in origins:
-        parts = urlsplit(origin)
-        if (
-            parts.scheme not in ("http", "https")
-            or origin != f"{parts.scheme}://{parts.netloc}"
-            or "*" in origin
-        ):
-            read.faults.append(
-                "PERPETUO_CORS_ORIGINS must list exact origins, such as https://app.example.com."
-            )
-    return frozenset(origins)
 
 
 def _encryption_keys(read: _Reader) -> EncryptionKeys:

@@ -1,8 +1,9 @@
-"""The database: two engines, `read` and `transaction`, and every difference between PostgreSQL and SQLite.
+"""The database: its engines, reads and transactions, and every difference between PostgreSQL and SQLite.
 
 Reads go through a read-only pool in autocommit. Writes go through `transaction`: on PostgreSQL a
 connection of a second pool, on SQLite one native thread per process under a file lock, so that neither
-fsync nor another process's lock ever stops the event loop. `db` (Flask-SQLAlchemy) shares the read pool.
+fsync nor another process's lock ever stops the event loop; nor does `read_many`, for what is not short.
+`db` (Flask-SQLAlchemy) shares the read pool.
 """
 
 from __future__ import annotations
@@ -15,71 +16,26 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
-import orjson
 import sqlalchemy as sa
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 from sqlalchemy.engine import URL, Connection, Engine
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import DeclarativeBase, Session
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
+from perpetuo.columns import Base
+from perpetuo.db_errors import CommitUncertain, translated
 from perpetuo.engines import deadline, is_late, postgresql_engine, sqlite_engine
-from perpetuo.errors import Unavailable
-from perpetuo.native import Native, locked_file
+from perpetuo.native import Native, breathe, locked_file
 
 T = TypeVar("T")
 
-UNDEFINED_TABLE = "42P01"  # PostgreSQL's SQLSTATE
-# Classes of SQLSTATE that speak of the server, not of the statement: lost connections, a transaction that
-# may not write (a standby), resources, an operator's stop, its disk, a lacking privilege, a bug of its own.
-TROUBLE = ("08", "25", "53", "57", "58", "42501", "XX")
-UNMIGRATED = "The database is not migrated: run `flask --app wsgi db upgrade`."
 READ_SECONDS = 1.0  # a request that waits longer for the database is answered 503
+READ_MANY_SECONDS = 8.0
+ROWS = 200  # made of PostgreSQL's answer at a time
+STEPS = 100_000  # of SQLite's machine between two looks at the clock: one to five milliseconds
 WRITE_SECONDS = 5.0
 MIGRATION_LOCK = 0x7065727065747565  # "perpetue": any constant, the same for all
-
-
-class Base(DeclarativeBase):
-    metadata = sa.MetaData(
-        naming_convention={
-            "pk": "pk_%(table_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_name)s",
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-        }
-    )
-
-
-class UtcDateTime(sa.types.TypeDecorator):
-    """An aware time in UTC: `timestamptz` on PostgreSQL, text of fixed width on SQLite, so that it sorts."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> Any:
-        if value is None or dialect.name == "postgresql":
-            return value
-        return value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-class Json(sa.types.TypeDecorator):
-    """A JSON value as text on both databases: PostgreSQL's jsonb would refuse an escaped NUL."""
-
-    impl = sa.Text
-    cache_ok = True
-
-    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
-        return None if value is None else orjson.dumps(value).decode()
-
-    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> Any:
-        return None if value is None else orjson.loads(value)
 
 
 def storable(text: str) -> str:
@@ -93,10 +49,6 @@ def storable(text: str) -> str:
     return text
 
 
-class CommitUncertain(Unavailable):
-    """The connection was lost in COMMIT: the transaction may or may not be there."""
-
-
 class Database:
     """One database, used by one process. Opens nothing before its first use, so that it survives a fork."""
 
@@ -107,6 +59,10 @@ class Database:
         make = sqlite_engine if self.is_sqlite else postgresql_engine
         self.reader = make(url, read_only=True)
         self.writer = make(url, read_only=False)
+        # SQLite's connections are used in one thread at a time, so the threads have their own.
+        self.long_reader = self.reader
+        if self.is_sqlite:
+            self.long_reader = sqlite_engine(url, read_only=True, pooled=False)
         self.native = Native()
         self._mutex = threading.Lock()
         self._held: Connection | None = None
@@ -125,6 +81,28 @@ class Database:
                     raise
             with self.reader.connect() as connection:
                 return work(connection)
+
+    def read_many(self, work: Callable[[Connection], T], seconds: float = READ_MANY_SECONDS) -> T:
+        """The same for what may look at many rows: beside the event loop, which `read` stops on SQLite.
+
+        There `work` runs in a native thread, and may wait for nothing else. Raises Unavailable.
+        """
+        if not self.is_sqlite:
+            return self.read(work, seconds)
+        until = monotonic() + seconds
+        with translated():
+            return self.native.reading(self._sqlite_read, work, until, seconds=seconds)
+
+    def all(self, connection: Connection, query: Any) -> list[sa.Row[Any]]:
+        """The rows of a `read_many`. PostgreSQL's are made in pieces, between which others run."""
+        result = connection.execute(query)
+        if self.is_sqlite:
+            return list(result.all())
+        rows: list[sa.Row[Any]] = []
+        for piece in result.partitions(ROWS):
+            rows += piece
+            breathe()
+        return rows
 
     def snapshot(self, work: Callable[[Connection], T], seconds: float) -> T:
         """`work(connection)` on one unchanging picture of the database. Raises Unavailable."""
@@ -192,6 +170,13 @@ class Database:
             with self._held.begin():
                 return work(self._held)
 
+    def _sqlite_read(self, work: Callable[[Connection], T], until: float) -> T:
+        """In a native thread. Ends with its time even where nobody waits for it any more."""
+        with translated(), self.long_reader.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.set_progress_handler(lambda: monotonic() > until, STEPS)
+            return work(connection)
+
     def now(self, connection: Connection) -> datetime:
         """The database's clock in UTC; on SQLite the process's."""
         if self.is_sqlite:
@@ -240,6 +225,12 @@ class Database:
                 connection.exec_driver_sql(f"select pg_advisory_unlock({MIGRATION_LOCK})")
                 connection.invalidate()  # its session settings are a migration's, not a request's
 
+    def connections(self) -> dict[str, tuple[int, int]]:
+        """By pool how many connections are in use, and how many are open."""
+        pools = {"read": self.reader.pool, "write": self.writer.pool}
+        queues = {name: pool for name, pool in pools.items() if isinstance(pool, sa.QueuePool)}
+        return {n: (pool.checkedout(), pool.checkedout() + pool.checkedin()) for n, pool in queues.items()}
+
     def revision(self) -> str | None:
         """The schema's revision, None before the first migration. Raises Unavailable."""
 
@@ -261,36 +252,6 @@ class Database:
         self.reader.dispose()
         self.writer.dispose()
         self.native.close()
-
-
-@contextmanager
-def translated() -> Iterator[None]:
-    """The one place where the database's exceptions become ours."""
-    try:
-        yield
-    except PoolTimeout as exc:
-        raise Unavailable("The database is busy; try again in a moment.") from exc
-    except DBAPIError as exc:
-        state = str(getattr(exc.orig, "pgcode", None) or "")
-        if state == UNDEFINED_TABLE or "no such table" in str(exc.orig):
-            raise Unavailable(UNMIGRATED) from exc
-        if not isinstance(exc, OperationalError | InterfaceError) and not state.startswith(TROUBLE):
-            raise
-        raise _unavailable(exc) from exc
-    except OSError as exc:
-        raise _unavailable(exc) from exc
-
-
-def _unavailable(exc: BaseException) -> Unavailable:
-    if _is_full(exc):
-        message = "The database is out of space: the operator must free some before calls can be logged."
-        return Unavailable(message, code="storage_full", retry_after=30)
-    return Unavailable("The database cannot be reached; try again in a moment.")
-
-
-def _is_full(exc: BaseException) -> bool:
-    origin = getattr(exc, "orig", exc)
-    return getattr(origin, "pgcode", None) == "53100" or "database or disk is full" in str(origin)
 
 
 class _SharedSQLAlchemy(SQLAlchemy):

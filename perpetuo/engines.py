@@ -25,13 +25,11 @@ POOL_SECONDS = 1.0  # a request that waits longer for a connection is answered 5
 STATEMENT_TIMEOUT_MS = 10_000  # the server's own bound, for a process that cannot keep its own
 
 
-def sqlite_engine(url: URL, *, read_only: bool) -> Engine:
+def sqlite_engine(url: URL, *, read_only: bool, pooled: bool = True) -> Engine:
     """WAL, FULL, and a writer whose transactions begin as such."""
-    pool = (
-        {"pool_size": 5, "max_overflow": 10, "pool_timeout": POOL_SECONDS}
-        if read_only
-        else {"poolclass": sa.NullPool}
-    )
+    pool: dict[str, Any] = {"poolclass": sa.NullPool}
+    if read_only and pooled:
+        pool = {"pool_size": 5, "max_overflow": 10, "pool_timeout": POOL_SECONDS}
     engine = sa.create_engine(url, connect_args={"check_same_thread": False}, hide_parameters=True, **pool)
 
     @event.listens_for(engine, "connect")

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
 
-from perpetuo.db import UtcDateTime
+from perpetuo.columns import UtcDateTime
 from perpetuo.errors import InvalidRequest
 from perpetuo.fields import moment
 from perpetuo.schemas import invalid

@@ -11,7 +11,8 @@ from pathlib import Path
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
-from perpetuo.db import READ_SECONDS, Database, translated
+from perpetuo.db import READ_SECONDS, Database
+from perpetuo.db_errors import translated
 from perpetuo.engines import deadline
 
 

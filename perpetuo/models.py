@@ -14,7 +14,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Mapped, mapped_column
 
-from perpetuo.db import Base, Json, UtcDateTime
+from perpetuo.columns import Base, Json, UtcDateTime
 
 STATUSES = ("open", "ok", "error", "refused", "client_closed", "interrupted")
 BUDGET_PERIODS = ("day", "week", "month", "total")

@@ -1,4 +1,7 @@
-"""Native threads for what would stop the event loop, and file locks. Knows whether gevent runs at all."""
+"""What keeps the event loop going: native threads, and breath. Knows whether gevent runs at all.
+
+File locks, which native threads wait for, are here too.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import gevent
 from gevent.monkey import get_original, is_module_patched
 from gevent.threadpool import ThreadPool
 from gevent.timeout import Timeout
@@ -21,9 +25,10 @@ THREADS = {"names": LOOKUPS}  # by pool, elsewhere one
 
 
 class Native:
-    """Native threads for what would stop the event loop: SQLite's commits, slow hashes and host names.
+    """Native threads for what would stop the event loop: SQLite's commits and long reads, slow hashes, zlib
+    and host names.
 
-    Under gevent one thread each, for names LOOKUPS; elsewhere the call runs where it is.
+    Under gevent each has its own threads; elsewhere the call runs where it is.
     """
 
     def __init__(self) -> None:
@@ -33,6 +38,13 @@ class Native:
     def writing(self, call: Callable[..., T], *args: Any, seconds: float | None = None) -> T:
         """Raises TimeoutError after `seconds`: the call goes on, and those behind it wait for it."""
         return self._run("writing", call, args, seconds)
+
+    def reading(self, call: Callable[..., T], *args: Any, seconds: float) -> T:
+        """Raises TimeoutError after `seconds`: the call goes on."""
+        return self._run("reading", call, args, seconds)
+
+    def packing(self, call: Callable[..., T], *args: Any) -> T:
+        return self._run("packing", call, args, None)
 
     def slow(self, call: Callable[..., T], *args: Any) -> T:
         return self._run("slow", call, args, None)
@@ -73,6 +85,12 @@ def _caught(call: Callable[..., T], args: tuple[Any, ...]) -> tuple[T | None, Ba
 def is_patched() -> bool:
     """Whether this process runs on gevent."""
     return is_module_patched("socket")
+
+
+def breathe() -> None:
+    """Lets others run between two pieces of long work: gevent does not switch by itself."""
+    if is_patched():
+        gevent.sleep(0)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ Every management view answers through `answer` and reads through `read`. `/v1` u
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -17,12 +16,10 @@ from flask.typing import ResponseReturnValue
 from pydantic import BaseModel
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.exceptions import NotFound as UnknownUrl
-from werkzeug.formparser import FormDataParser
 from werkzeug.routing.exceptions import RoutingException
 
-from perpetuo import accounts, guard, listing, schemas
+from perpetuo import accounts, forms, guard, listing, log_lines, schemas
 from perpetuo.errors import GatewayError, InvalidRequest, NotFound, Unauthenticated, Unavailable
-from perpetuo.fields import load_json
 from perpetuo.gateway.walk import Gateway
 from perpetuo.models import User, Workspace, new_id
 from perpetuo.wire import to_json
@@ -33,8 +30,6 @@ View = TypeVar("View", bound=Callable[..., ResponseReturnValue])
 
 NAME = "PERPETUO"
 DESCRIPTION = "A self-hosted gateway for language models whose books are honest."
-MOST_BYTES = 1024 * 1024  # of a management request
-FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 VARY = "Accept, HX-Request, Cookie, Authorization"
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; "
@@ -135,39 +130,8 @@ def answer(
 
 def read(model: type[Model]) -> Model:
     """The body as `model`, JSON or form. Raises InvalidRequest with every problem."""
-    value, is_form = _body()
+    value, is_form = forms.body()
     return schemas.parse(model, value, form=is_form)
-
-
-def _body() -> tuple[Any, bool]:
-    raw = request.stream.read(MOST_BYTES + 1) if (request.content_length or 0) <= MOST_BYTES else None
-    if raw is None or len(raw) > MOST_BYTES:
-        raise InvalidRequest("The body is larger than 1 MiB.", status=413, code="request_too_large")
-    if request.mimetype in FORMS:
-        return _form(raw), True
-    if not raw:
-        return {}, False
-    if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
-        raise InvalidRequest(
-            "The body must be application/json or a form.", status=415, code="unsupported_media_type"
-        )
-    try:
-        return load_json(raw.decode()), False
-    except ValueError as exc:
-        raise InvalidRequest("The body is not JSON.", code="invalid_json") from exc
-
-
-def _form(raw: bytes) -> dict[str, Any]:
-    """The last value of each field; an empty one is null, an empty secret is left out."""
-    parser = FormDataParser(silent=False, max_form_parts=1000)
-    try:
-        _, fields, files = parser.parse(io.BytesIO(raw), request.mimetype, len(raw), request.mimetype_params)
-    except ValueError as exc:
-        raise schemas.invalid(None, "The form cannot be read.") from exc
-    if files:
-        raise schemas.invalid(next(iter(files)), "Files are not taken here.")
-    values = {name: given[-1] for name, given in fields.lists()}
-    return {k: v or None for k, v in values.items() if v or k not in schemas.SECRETS}
 
 
 def _admit() -> ResponseReturnValue | None:
@@ -205,7 +169,11 @@ def _answer_http_error(error: HTTPException) -> ResponseReturnValue:
     """What Flask and Werkzeug refuse, in our shape."""
     if isinstance(error, RoutingException) or error.code is None:
         return error
-    if not guard.is_gateway_path(request.path) and isinstance(error, WRONG_URL):
+    is_gateway = guard.is_gateway_path(request.path)
+    if is_gateway and isinstance(error, MethodNotAllowed):
+        unknown = current_app.view_functions["gateway.unknown"]  # for TRACE and all that no rule there lists
+        return cast(Response, unknown(path=request.path.removeprefix("/v1").strip("/")))
+    if not is_gateway and isinstance(error, WRONG_URL):
         try:
             guard.check_host(gateway().settings)
         except InvalidRequest as refused:
@@ -235,7 +203,7 @@ def _answer_bug(error: Exception) -> Response:
     response = _error_response(
         GatewayError("Something went wrong here; it is in the log.", code="internal_error")
     )
-    logger.error("%s failed (%s)", request.endpoint, response.headers["x-request-id"], exc_info=error)
+    logger.error("%s failed", request.endpoint, exc_info=error)
     return response
 
 
@@ -252,8 +220,7 @@ def _error_response(error: GatewayError) -> Response:
 def _dress(response: Response) -> Response:
     """The headers of every answer: its id, and outside `/v1` what keeps browsers and caches in order."""
     headers = response.headers
-    if "x-request-id" not in headers:
-        headers["x-request-id"] = new_id("req")
+    log_lines.request_id.set(headers.setdefault("x-request-id", new_id("req")))
     headers["X-Content-Type-Options"] = "nosniff"
     if guard.is_gateway_path(request.path):
         return response

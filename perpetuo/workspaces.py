@@ -100,7 +100,7 @@ def _delete_rest(session: Session, workspace_id: str) -> None:
 
 
 def _spent(ids: list[str]) -> dict[str, Spending]:
-    return web.gateway().database.read(lambda connection: reports.spent_by_workspace(connection, ids))
+    return web.gateway().database.read_many(lambda connection: reports.spent_by_workspace(connection, ids))
 
 
 def _url(workspace_id: str) -> str:

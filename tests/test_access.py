@@ -26,6 +26,7 @@ POLICY = {
     "web.home": "public",
     "web.healthz": "public",
     "web.readyz": "public",
+    "web.metrics": "public",  # or by its own token: test_metrics.py
     "auth.signup": "public",
     "auth.login": "public",
     "auth.logout": "user",

@@ -50,6 +50,15 @@ def test_the_readme_gives_the_defaults_that_the_code_has(tmp_path):
         assert str(getattr(settings, name.lower())).removesuffix(".0") == table[f"PERPETUO_{name}"]
 
 
+def test_the_readme_names_every_command_and_no_other(app):
+    table = README.partition("| command (`flask")[2].partition("## Development")[0]
+    named = {name.split()[0] for name in re.findall(r"`([a-z ]+)[A-Z]*`", table)}
+    ours = {
+        name for name, command in app.cli.commands.items() if command.callback.__module__ == "perpetuo.cli"
+    }
+    assert named | {"secrets"} == ours
+
+
 @pytest.fixture
 def running(database_url, tmp_path):
     with FakeUpstream() as upstream, Serving(database_url, tmp_path) as server:

@@ -24,7 +24,10 @@ from gevent.socket import wait_read
 from perpetuo.errors import Unavailable
 from perpetuo.native import is_patched
 
-WRITE_SECONDS = 30.0  # for a client to take what is written to it
+LOOK_SECONDS = 0.5  # between two looks after a client that has sent its next request already
+TCP_INFO = getattr(socket, "TCP_INFO", None)  # Linux's; its first byte is the state
+LEFT = (b"\x07", b"\x08")  # TCP_CLOSE, TCP_CLOSE_WAIT: netinet/tcp.h
+FINAL = ("client_closed", "draining", "total")  # other deadlines end an attempt; the next one has its own
 FAIR_SECONDS = 0.001  # a stream that never waits lets others run after this long
 
 
@@ -165,9 +168,9 @@ class Call:
                 sleep(seconds)
 
     def begin_write(self) -> None:
-        """The client is being written to; one that does not read is taken for gone after a while."""
+        """The client is being written to: its socket has a deadline of its own, the upstream's rests."""
         self._resumed = (self._until, self._name)
-        self.allow(WRITE_SECONDS, "client_stalled")
+        self._until, self._name = self.total_until, "total"
         self._writing = True
 
     def end_write(self) -> None:
@@ -185,7 +188,8 @@ class Call:
 
     def fire(self, reason: str) -> None:
         """Ends the call. Only from the hub, or without gevent."""
-        self.reason = self.reason or reason
+        if reason in FINAL:
+            self.reason = self.reason or reason
         if self._greenlet is None:
             return
         if self._inside:
@@ -230,17 +234,31 @@ class Call:
             self._io.stop()  # bytes: a pipelined request, which would wake us for ever
         if is_gone:
             self.fire("client_closed")
+        elif self._io is not None and TCP_INFO is not None:
+            self._io.close()
+            self._io = get_hub().loop.timer(LOOK_SECONDS, LOOK_SECONDS)
+            self._io.start(self._on_look)
+
+    def _on_look(self) -> None:
+        """In the hub: an end that stands behind unread bytes makes nothing readable, but TCP knows of it."""
+        try:
+            is_gone = self._client.getsockopt(socket.IPPROTO_TCP, TCP_INFO, 1) in LEFT
+        except OSError:
+            is_gone = True
+        if is_gone and self._io is not None:
+            self._io.stop()
+            self.fire("client_closed")
 
     def _on_time(self) -> None:
         """In the hub: the timer rang. Deadlines move with every event, so it may have rung too soon."""
         if self._timer is None:
             return
+        self._rings_at = float("inf")
         if monotonic() < self._until:
             self._arm()
         elif self._inside or self._writing or self._name == "total":
             self.fire(self._name)
-        else:  # between two waits: the next one says what it allows
-            self._rings_at = float("inf")
+        # Else between two waits: the next one says what it allows.
 
     def _arm(self) -> None:
         if self._timer is None:

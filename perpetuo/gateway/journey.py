@@ -11,7 +11,7 @@ from urllib.parse import quote
 from perpetuo.db import storable
 from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
 from perpetuo.gateway import intake
-from perpetuo.gateway.bodies import pack
+from perpetuo.gateway.bodies import pack_beside
 from perpetuo.gateway.calls import Aborted, Call
 from perpetuo.gateway.exchange import Attempt
 from perpetuo.gateway.intake import Asked
@@ -84,14 +84,17 @@ class Journey:
             **outcome,
         }
         if self.keeps_bodies:
-            values["request_body"] = pack(self.asked.body)
+            values["request_body"] = self._packed(self.asked.body)
         self.ledger.settle(self.row, values, waits=waits)
+
+    def _packed(self, body: bytes) -> bytes:
+        return pack_beside(self.ledger.database.native, body)
 
     def answered(self, usage: Usage, text: str, body: Callable[[], bytes], status: str = "ok") -> None:
         """Settles a call whose answer is there; `body` is asked for only where bodies are kept."""
         outcome: Values = {"http_status": 200}
         if self.keeps_bodies:
-            outcome |= {"response_body": pack(body()), "preview_answer": intake.preview(text)}
+            outcome |= {"response_body": self._packed(body()), "preview_answer": intake.preview(text)}
         self.settle(status, usage, outcome)
 
     def failed(self, exc: Exception, usage: Usage | None = None) -> Refused:

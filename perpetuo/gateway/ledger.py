@@ -20,7 +20,7 @@ from perpetuo.db import Database, storable
 from perpetuo.errors import GatewayError, Unavailable
 from perpetuo.gateway import statements
 from perpetuo.gateway.access import Caller
-from perpetuo.gateway.bodies import pack
+from perpetuo.gateway.bodies import pack_beside
 from perpetuo.gateway.rows import Row, Snapshot
 from perpetuo.gateway.statements import CounterKey, Values
 from perpetuo.gateway.touches import Touches
@@ -141,11 +141,13 @@ class Ledger:
         if began == second and shared is not None and count >= SAMPLED_FROM and self.writer.count(shared):
             return None
         count = count + 1 if began == second else 1
-        kept = {"request_body": pack(body)} if body is not None else {}
-        row = Row(self._opening(caller, values), refusal(error) | kept)
+        outcome = refusal(error)
+        row = Row(self._opening(caller, values), outcome)
         if len(self._refusals) > 10_000:
             self._refusals.clear()
         self._refusals[key] = (second, count, row)
+        if body is not None:  # only now, since others may be refused meanwhile
+            outcome["request_body"] = pack_beside(self.database.native, body)
         # A shared row goes out once its second is over.
         seconds = LAZY_SECONDS if count < SAMPLED_FROM else second + 1.01 - time.time()
         return row.id if self.writer.put_lazily(row, seconds) else None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Blueprint, Response, current_app, request
+from gunicorn.http.errors import ParseException
 
 from perpetuo.errors import GatewayError, InvalidRequest, NotFound
 from perpetuo.gateway.offers import Offer
@@ -16,12 +17,7 @@ from perpetuo.providers.jsonbody import write_json
 
 blueprint = Blueprint("gateway", __name__)
 
-KNOWN = {"chat/completions": "POST", "embeddings": "POST", "models": "GET"}
-NO_RESPONSES = (
-    "This gateway serves chat completions, not /v1/responses. Choose your client's chat setting: "
-    "`.chat(model)` in the AI SDK, `openai-chat:<model>` in Pydantic AI, `client.chat.completions` in the "
-    "OpenAI clients."
-)
+KNOWN = {"chat/completions": "POST", "embeddings": "POST", "responses": "POST", "models": "GET"}
 EVERY_METHOD = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -36,6 +32,12 @@ def chat_completions() -> Response:
 def embeddings() -> Response:
     """Embeddings of texts."""
     return _serve("embeddings")
+
+
+@blueprint.post("/v1/responses", strict_slashes=False, provide_automatic_options=False)
+def responses() -> Response:
+    """OpenAI's other API, passed through to the providers that have it."""
+    return _serve("responses")
 
 
 @blueprint.get("/v1/models", strict_slashes=False, provide_automatic_options=False)
@@ -73,8 +75,7 @@ def unknown(path: str) -> Response:
     if request.method == "OPTIONS" and allowed is not None:
         return _preflight(allowed)
     if allowed is None:
-        message = NO_RESPONSES if path == "responses" else f"There is no /v1/{path} here."
-        return _refused(NotFound(message, code="endpoint_not_supported"))
+        return _refused(NotFound(f"There is no /v1/{path} here.", code="endpoint_not_supported"))
     message = f"/v1/{path} takes {allowed}, not {request.method}."
     return _refused(
         InvalidRequest(message, status=405, code="method_not_allowed", headers={"allow": allowed})
@@ -112,7 +113,7 @@ def _read_body() -> bytes:
     size = int(declared) if declared else most + 1 if is_chunked else 0
     try:
         body: bytes = request.environ["wsgi.input"].read(size) if size else b""
-    except OSError as exc:  # gunicorn's for chunks that end too soon, or are none
+    except (OSError, ParseException) as exc:  # gunicorn's for chunks that end too soon, or are none
         raise InvalidRequest("The body broke off.", code="invalid_json") from exc
     if len(body) > most:
         raise too_large

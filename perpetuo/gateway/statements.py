@@ -12,7 +12,8 @@ from typing import Any
 
 import orjson
 
-from perpetuo.db import Database, Json, UtcDateTime
+from perpetuo.columns import Json, UtcDateTime
+from perpetuo.db import Database
 from perpetuo.models import (
     BUCKET_RATIO,
     BUCKETS,

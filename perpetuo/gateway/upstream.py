@@ -55,6 +55,10 @@ class Upstream:
         self._pool = Pool(settings)
         self._rests = Rests()
 
+    @property
+    def idle_connections(self) -> int:
+        return self._pool.idle
+
     def close_expired(self) -> None:
         """Lets go of idle connections whose time is over; called now and then."""
         self._pool.close_expired()

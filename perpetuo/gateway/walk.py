@@ -10,10 +10,12 @@ from collections.abc import Callable, Generator, Mapping
 from socket import socket
 from time import monotonic
 
+from perpetuo import log_lines
 from perpetuo.config import Settings
 from perpetuo.crypto import KeyRing
-from perpetuo.db import UNMIGRATED, Database
-from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
+from perpetuo.db import Database
+from perpetuo.db_errors import UNMIGRATED
+from perpetuo.errors import GatewayError, InvalidRequest, NotFound, Unavailable
 from perpetuo.gateway import intake
 from perpetuo.gateway.access import Access, Caller
 from perpetuo.gateway.calls import Aborted, Call, Calls
@@ -26,13 +28,18 @@ from perpetuo.gateway.statements import Values
 from perpetuo.gateway.sweep import Sweep
 from perpetuo.gateway.upstream import Upstream
 from perpetuo.providers.base import ChunkReader, Endpoint
-from perpetuo.providers.jsonbody import write_json
+from perpetuo.providers.catalog import CATALOG
+from perpetuo.providers.endings import error_event
+from perpetuo.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
-DONE = b"data: [DONE]\n\n"
 BODY_SECONDS = 60.0
 KEEP_ALIVE = b": keep-alive\n\n"
+NO_RESPONSES = (
+    "The provider of this model has no /v1/responses. Choose your client's chat setting: `.chat(model)` in "
+    "the AI SDK, `openai-chat:<model>` in Pydantic AI, `client.chat.completions` in the OpenAI clients."
+)
 
 
 class Gateway:
@@ -49,14 +56,17 @@ class Gateway:
         self.sweep = Sweep(self.ledger, settings.orphan_grace, self.upstream.close_expired)
         self.calls = Calls(settings.max_in_flight)
         self.offers = Offers(self.router, self.upstream)
+        self.pulse = Pulse()
 
     def start(self, is_serving: Callable[[], bool]) -> None:
         """Begins what runs beside the requests: the sweep, and the drain once `is_serving` turns false."""
+        self.pulse.start()
         self.sweep.start()
         self.calls.drain_after(is_serving, self.settings.drain_timeout)
 
     def close(self) -> None:
         """Ends every thread and connection of this process."""
+        self.pulse.close()
         self.calls.close()
         self.sweep.close()
         self.ledger.close()
@@ -98,8 +108,9 @@ def walk(
         values |= intake.legible(fields, endpoint, keeps_bodies=keeps_bodies)
         kept = body if keeps_bodies else None
         asked = intake.check(endpoint, body, fields, headers)
-        targets = gateway.router.route(caller, asked.names)
+        targets = _able(endpoint, gateway.router.route(caller, asked.names))
         row = gateway.ledger.open(caller, values | _opening(targets[0], asked))
+        log_lines.request_id.set(row.id)
     except BaseException as exc:
         if call is not None:
             call.close()
@@ -126,6 +137,16 @@ def _read(call: Call, read_body: Callable[[], bytes]) -> bytes:
             code="request_timeout",
             headers={"connection": "close"},
         ) from exc
+
+
+def _able(endpoint: Endpoint, targets: list[Target]) -> list[Target]:
+    """The targets that have this endpoint. Raises NotFound (`endpoint_not_supported`)."""
+    if endpoint != "responses":
+        return targets
+    able = [target for target in targets if CATALOG[target.key.provider].has_responses]
+    if not able:
+        raise NotFound(NO_RESPONSES, code="endpoint_not_supported")
+    return able
 
 
 def _opening(target: Target, asked: Asked) -> Values:
@@ -177,7 +198,7 @@ def _stream(journey: Journey) -> Answer:
 def _pieces(journey: Journey) -> Generator[bytes]:
     """The client's bytes. Raises Refused before the first of them; later a failure is an error event.
 
-    The row is committed before the first byte, and settled before `[DONE]`. A client that leaves after the
+    The row is committed before the first byte, and settled before its ending. A client that leaves after the
     finish reason had its answer.
     """
     stream = journey.upstream.stream(
@@ -197,7 +218,7 @@ def _pieces(journey: Journey) -> Generator[bytes]:
         reader = stream.reader
         assert reader is not None  # its events have ended well
         journey.answered(reader.usage(), reader.text(), reader.completion)
-        yield DONE
+        yield reader.ending
     except GeneratorExit:
         events.close()  # first of all: the upstream must not talk on while we wait for the database
         if not journey.row.is_ending:
@@ -212,7 +233,7 @@ def _pieces(journey: Journey) -> Generator[bytes]:
         refused = journey.failed(exc, usage) if not journey.row.is_ending else _unsettled(journey, exc)
         if not journey.is_answering:
             raise refused from exc
-        yield b"data: " + write_json(refused.error.body()) + b"\n\n"
+        yield error_event(journey.asked.endpoint, refused.error, reader.data_events if reader else 0)
     finally:
         events.close()  # its connection goes back or away
         journey.call.close()

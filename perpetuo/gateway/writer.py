@@ -40,6 +40,11 @@ class Writer:
         self._closing = False
         self.failure: Unavailable | None = None  # why the last commit failed, None while all is well
 
+    @property
+    def waiting(self) -> int:
+        """How many rows wait for a commit; one that was put twice counts twice."""
+        return len(self._urgent) + len(self._lazy)
+
     def start(self) -> None:
         with self._lock:
             if self._thread is None:
@@ -185,7 +190,7 @@ class Writer:
                         return
                     sleep(RETRY_SECONDS[-1])
                 except Exception:
-                    log.exception("the log row %s failed", row.id)
+                    log.exception("a log row failed", extra={"request_id": row.id})
                     break
                 else:
                     self.failure = None

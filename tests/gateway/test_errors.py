@@ -71,16 +71,20 @@ def assert_row(logs, response, status, code):
 
 
 def test_an_unknown_path_is_404_without_a_key_and_leaves_no_row(client, tenant, logs):
-    paths = ("", "/", "/nothing", "/chat", "/chat/completions/x", "/completions", "/responses")
+    paths = ("", "/", "/nothing", "/chat", "/chat/completions/x", "/completions", "/responses/resp_1")
     for path, headers in itertools.product(paths, ({}, tenant.headers)):
         response = client.post(f"/v1{path}", json=CHAT, headers=headers)
         error_of(response, 404, "invalid_request_error", "endpoint_not_supported")
     assert logs() == []
 
 
-def test_responses_points_to_the_chat_setting(client):
-    message = client.post("/v1/responses", json={}).json["error"]["message"]
-    assert "chat" in message
+def test_responses_of_a_provider_without_them_points_to_the_chat_setting(client, tenant, upstream, logs):
+    tenant.add_provider_key(upstream.base_url, provider="groq")
+    response = client.post("/v1/responses", json={"model": "groq/x", "input": "hi"}, headers=tenant.headers)
+    error = error_of(response, 404, "invalid_request_error", "endpoint_not_supported")
+    assert "chat" in error["message"]
+    assert_row(logs, response, "refused", "endpoint_not_supported")
+    assert upstream.requests == []
 
 
 WRONG_METHODS = [
@@ -88,6 +92,8 @@ WRONG_METHODS = [
     ("PUT", "embeddings", "POST"),
     ("DELETE", "models", "GET"),
     ("POST", "models/gpt-4o", "GET"),
+    ("TRACE", "chat/completions", "POST"),
+    ("PROPFIND", "models", "GET"),
 ]
 
 
@@ -250,6 +256,18 @@ UNREADABLE = {
     "a byte-order mark": b"\xef\xbb\xbf" + json.dumps(CHAT).encode(),
     "UTF-16": json.dumps(CHAT).encode("utf-16"),
 }
+
+
+MANY_PARTS = b'{"model": "gpt-4o", "messages": [' + b"[]," * 500_000 + b"[]]}"
+MANY_MEMBERS = b'{"model": "gpt-4o"' + b"".join(b', "m%d": 1' % n for n in range(1000)) + b"}"
+
+
+@pytest.mark.parametrize("body", [MANY_PARTS, MANY_MEMBERS], ids=["parts", "members"])
+def test_a_shape_that_would_keep_the_parser_busy_is_refused(client, tenant, logs, upstream, body):
+    response = client.post("/v1/chat/completions", data=body, headers=tenant.headers)
+    error_of(response, 400, "invalid_request_error", "invalid_json")
+    assert_row(logs, response, "refused", "invalid_json")
+    assert upstream.requests == []
 
 
 def test_what_is_no_json_object_is_invalid_json(client, tenant, upstream, logs):
@@ -671,12 +689,18 @@ ECHOED = [
 
 
 @STREAMS
-def test_the_provider_keys_value_never_comes_back(ask, gateway, tenant, upstream, logs, is_stream):
-    tenant.add_provider_key(upstream.base_url, SECRET, name="lab")
+@pytest.mark.parametrize(
+    ("provider", "header", "value"),
+    [("openai", "authorization", f"Bearer {SECRET}"), ("azure", "api-key", SECRET)],
+)
+def test_the_provider_keys_value_never_comes_back(
+    ask, gateway, tenant, upstream, logs, is_stream, provider, header, value
+):
+    tenant.add_provider_key(upstream.base_url, SECRET, name="lab", provider=provider)
     for reply in ECHOED:
         upstream.reply = reply
         response = ask(model="lab/x", stream=is_stream)
-        assert upstream.requests[-1].headers["authorization"] == f"Bearer {SECRET}"
+        assert upstream.requests[-1].headers[header] == value
         assert SECRET not in response.get_data(as_text=True) + str(response.headers)
     assert SECRET not in str(logs())
     gateway.ledger.close()
@@ -691,7 +715,7 @@ PATHS = [
     *("/v1", "/v1/", "/v1//", "//v1", "//v1/models", "/v1/..", "/v1/../", "/v1/../v1/models", "/v1/./models"),
     *("/v1/chat/completions", "/v1/chat/completions/", "/v1//chat/completions", "/v1/chat//completions"),
     *("/v1/embeddings", "/v1/models", "/v1/models/", "/v1/models/a/b", "/v1/models//a", "/v1/MODELS", "/V1"),
-    *("/v1/responses", "/v1/\x00", "/v1/\xff", "/v1/models/\xff", "/v1/\n", "/v1/<script>", "/v1/%2e%2e"),
+    *("/v1/responses/x", "/v1/\x00", "/v1/\xff", "/v1/models/\xff", "/v1/\n", "/v1/<script>", "/v1/%2e%2e"),
     *("/v1/models/\x00", "/v1/models/a\nb", "/v1/" + "a" * 5000, "/v1/;x", "/v1?x"),
 ]
 

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from perpetuo.db import CommitUncertain
+from perpetuo.db_errors import CommitUncertain
 from perpetuo.errors import Unavailable
 from perpetuo.gateway import writer as writer_module
 from perpetuo.gateway.rows import Row

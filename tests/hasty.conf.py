@@ -1,0 +1,11 @@
+"""The server's own configuration, with deadlines that a test can wait for."""
+
+import os
+from pathlib import Path
+
+exec(compile(Path("gunicorn.conf.py").read_text(), "gunicorn.conf.py", "exec"))
+
+from perpetuo import forms  # noqa: E402 - not before the first lines of the other have patched
+from perpetuo.gateway import clients, walk  # noqa: E402
+
+clients.WRITE_SECONDS = walk.BODY_SECONDS = forms.BODY_SECONDS = float(os.environ["HASTY_SECONDS"])

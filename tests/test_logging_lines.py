@@ -123,9 +123,11 @@ def test_requests_that_cannot_be_read_are_not_quoted(faulty):
 
 
 def test_upstreams_clients_and_people_leave_nothing_of_theirs(faulty):
+    tried_thrice = [status(500, {"error": {"message": ANSWER}}), raw(ANSWER.encode())]
+    tried_thrice += [status(200, ANSWER.encode())]
     faulty.upstream.script(
-        [status(500, {"error": {"message": ANSWER}}), status(401, ANSWER.encode()), raw(ANSWER.encode())]
-        + [completion(ANSWER), status(200, ANSWER.encode()), cut_after(700, stream(text=ANSWER * 100))]
+        [reply for reply in tried_thrice for _ in range(3)]
+        + [status(401, ANSWER.encode()), completion(ANSWER), cut_after(700, stream(text=ANSWER * 100))]
         + [stall_after(2, stream(text=ANSWER))]
     )
     for _ in range(5):

@@ -125,14 +125,13 @@ def test_requests_that_cannot_be_read_are_not_quoted(faulty):
 def test_upstreams_clients_and_people_leave_nothing_of_theirs(faulty):
     tried_thrice = [status(500, {"error": {"message": ANSWER}}), raw(ANSWER.encode())]
     tried_thrice += [status(200, ANSWER.encode())]
-    faulty.upstream.script(
-        [reply for reply in tried_thrice for _ in range(3)]
-        + [status(401, ANSWER.encode()), completion(ANSWER), cut_after(700, stream(text=ANSWER * 100))]
-        + [stall_after(2, stream(text=ANSWER))]
-    )
-    for _ in range(5):
-        faulty.ask().close()
+    said = {"error": {"message": ANSWER}}
+    for reply in (status(500, said), status(401, said), raw(ANSWER.encode()), status(200, ANSWER.encode())):
+        faulty.upstream.reply = reply
+        assert faulty.ask().status_code == 502
+    faulty.upstream.reply = cut_after(700, stream(text=f"{ANSWER} " * 100))
     assert "error" in faulty.ask(stream=True).text
+    faulty.upstream.reply = stall_after(3, stream(text=ANSWER))
     faulty.ask(stream=True).close()  # leaves in the middle
     person = {"email": "canary@example.com", "password": PASSWORD}
     signed_up = requests.post(f"{faulty.server.url}/auth/signup", json=person, timeout=10)

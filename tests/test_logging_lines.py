@@ -123,8 +123,6 @@ def test_requests_that_cannot_be_read_are_not_quoted(faulty):
 
 
 def test_upstreams_clients_and_people_leave_nothing_of_theirs(faulty):
-    tried_thrice = [status(500, {"error": {"message": ANSWER}}), raw(ANSWER.encode())]
-    tried_thrice += [status(200, ANSWER.encode())]
     said = {"error": {"message": ANSWER}}
     for reply in (status(500, said), status(401, said), raw(ANSWER.encode()), status(200, ANSWER.encode())):
         faulty.upstream.reply = reply

@@ -15,9 +15,10 @@ from pathlib import Path  # noqa: E402
 from gevent.hub import Hub  # noqa: E402
 from gunicorn import glogging  # noqa: E402
 
-from perpetuo import checks, log_lines  # noqa: E402
+from perpetuo import checks, log_lines, price_list  # noqa: E402
 from perpetuo.config import SettingsError, load  # noqa: E402
 
+price_list.load()  # before the fork: the workers share it, and no request waits for it
 log_lines.configure()
 log = logging.getLogger("perpetuo")
 try:

@@ -15,6 +15,7 @@ from flask.cli import with_appcontext
 from perpetuo import accounts, checks, made_secrets
 from perpetuo.errors import GatewayError
 from perpetuo.gateway import audit, retention
+from perpetuo.gateway.reprice import reprice
 from perpetuo.gateway.walk import Gateway
 
 
@@ -118,9 +119,12 @@ def prune() -> None:
 
 
 @click.command("audit")
+@click.option("--reprice", "is_repricing", is_flag=True, help="First price what had no known price.")
 @_told
-def audit_books() -> None:
-    """Recompute the counters from the rows and print each difference; exit with 1 if there is one."""
+def audit_books(is_repricing: bool) -> None:
+    """Recompute cost and counters from the rows and print each difference; exit with 1 if there is one."""
+    if is_repricing:
+        click.echo(f"{reprice(_gateway().ledger)} calls that had no price have one now.")
     found = audit.differences(_gateway().database)
     for difference in found:
         click.echo(difference)

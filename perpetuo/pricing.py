@@ -8,9 +8,12 @@ price_list.py's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_HALF_UP, Context, Decimal, Inexact
+from dataclasses import dataclass, field
+from decimal import ROUND_CEILING, Context, Decimal, Inexact
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+import orjson
 
 from perpetuo.providers.base import Usage
 from perpetuo.wire import usd
@@ -45,6 +48,10 @@ class Price:
     rates: Rates
     source: str
     tiers: tuple[Tier, ...] = ()
+    text: str = field(init=False, compare=False, repr=False)  # as it stands in a row, written once
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", orjson.dumps(self.to_json()).decode())
 
     def rates_for(self, input_tokens: int) -> Rates:
         rates = self.rates
@@ -62,6 +69,12 @@ class Price:
     def from_json(cls, stored: Mapping[str, Any]) -> Price:
         tiers = tuple(Tier(tier["above"], _rates(tier)) for tier in stored.get("tiers", ()))
         return cls(_rates(stored), stored["source"], tiers)
+
+
+@lru_cache(4096)
+def read_price(text: str) -> Price:
+    """A row's price, from how it stands there: many rows have the same."""
+    return Price.from_json(orjson.loads(text))
 
 
 def _strings(rates: Rates) -> dict[str, str]:
@@ -116,14 +129,22 @@ def cost(usage: Usage, price: Price) -> Cost:
     cache_write = _within(usage.cache_write_tokens, prompt - cached)
     completion = _within(usage.completion_tokens, MOST_TOKENS)
     counts = (prompt - cached - cache_write, cached, cache_write, completion)
-    lines = tuple(
-        Line(name, tokens, rate, _nano(tokens, rate))
-        for name, tokens, rate in zip(Rates._fields, counts, price.rates_for(prompt), strict=True)
-    )
+    lines = tuple(map(_line, Rates._fields, counts, price.rates_for(prompt)))
     return Cost(lines, _clamped(usage, (prompt, cached, cache_write, completion)))
 
 
+def _line(name: str, tokens: int, rate: Decimal) -> Line:
+    return Line(name, tokens, rate, _nano(tokens, rate) if tokens else 0)
+
+
 def _clamped(usage: Usage, priced: tuple[int, ...]) -> tuple[str, ...]:
+    if priced == (
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.cache_write_tokens,
+        usage.completion_tokens,
+    ):
+        return ()
     names = ("prompt_tokens", "cached_tokens", "cache_write_tokens", "completion_tokens")
     return tuple(name for name, tokens in zip(names, priced, strict=True) if getattr(usage, name) != tokens)
 
@@ -145,7 +166,9 @@ def _within(count: int, most: int) -> int:
 
 
 def _nano(tokens: int, rate: Decimal) -> int:
-    return int(_EXACT.multiply(rate, tokens * _NANO_PER_TOKEN).to_integral_value(ROUND_HALF_UP))
+    """Half up, in whole numbers: a third of the time that decimals take, and it runs for each row."""
+    numerator, denominator = rate.as_integer_ratio()
+    return (2 * tokens * _NANO_PER_TOKEN * numerator + denominator) // (2 * denominator)
 
 
 def _nano_up(rate: Decimal) -> int:

@@ -5,23 +5,27 @@ A list never touches the stored bodies. What a filter may read is bounded; a pag
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from perpetuo.db import Database
+from perpetuo.gateway import costs
 from perpetuo.gateway.bodies import unpack
 from perpetuo.listing import Cursor, Page, ordered, page_of
 from perpetuo.models import RequestLog, UsageCounter
 from perpetuo.native import breathe
 from perpetuo.periods import period_start
+from perpetuo.pricing import Price
+from perpetuo.usage import known_cost
 from perpetuo.wire import usd
 
 SCAN = 20_000  # rows that one filtered page may read
 EXPORT_BATCH = 500
+SPENT = ("requests", "unpriced_requests", "refused", "errors", "client_closed", "cost_nano")
 PIECE = 50  # rows made ready before others run: two milliseconds, as CSV ten
 
 logs = RequestLog.__table__.c
@@ -29,7 +33,7 @@ counters = UsageCounter.__table__.c
 BODIES = ("request_body", "response_body")
 NARROW: list[Any] = [column for column in logs if column.name not in (*BODIES, "price", "checks", "count")]
 NARROW += [logs["count"].label("count_")]  # a Row has a method `count`
-WHOLE = [*NARROW, logs.checks, logs.request_body, logs.response_body]
+WHOLE = [*NARROW, logs.price, logs.checks, logs.request_body, logs.response_body]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +173,7 @@ def log_row(database: Database, workspace_id: str, id: str) -> dict[str, Any] | 
         **shape_log(row),
         "request": unpack(row.request_body),
         "response": unpack(row.response_body),
-        "cost": [],
+        "cost": costs.arithmetic(row._mapping, Price.from_json(row.price) if row.price else None),
         "checks": row.checks or [],
     }
 
@@ -230,15 +234,13 @@ def _ms(microseconds: int | None) -> float | None:
 
 @dataclass(slots=True)
 class Spending:
-    """What was spent in a span of time: `nano` is None only if no request had a price."""
+    """What was spent in a span of time: `nano` is None where nothing had a price (see `known_cost`)."""
 
-    known_nano: int = 0
-    requests: int = 0
-    unpriced: int = 0
+    sums: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(SPENT, 0))
 
     @property
     def nano(self) -> int | None:
-        return None if self.requests and self.unpriced >= self.requests else self.known_nano
+        return known_cost(self.sums)
 
 
 def spent_by_workspace(connection: sa.Connection, ids: Collection[str]) -> dict[str, Spending]:
@@ -264,9 +266,8 @@ def spent_by_api_key(
 
 
 def _spending(column: Any) -> Any:
-    sums = (counters.cost_nano, counters.requests, counters.unpriced_requests)
-    return sa.select(column, *(sa.func.sum(it) for it in sums))
+    return sa.select(column, *(sa.func.sum(counters[name]) for name in SPENT))
 
 
 def _spent(row: list[Any]) -> Spending:
-    return Spending(*(int(value) for value in row))
+    return Spending(dict(zip(SPENT, map(int, row), strict=True)))

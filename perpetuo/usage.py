@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from math import ceil
@@ -71,8 +71,20 @@ def _label(name: str, key: Any) -> Any:
     return key.astimezone(UTC) if isinstance(key, datetime) else key or None
 
 
+def known_cost(sums: Mapping[str, int]) -> int | None:
+    """The sum of the known costs; None where no call that came to something had a price.
+
+    A refusal and a failure before the first byte cost 0 without having had a price: the first of them must
+    not turn "unknown" into "free". So a total of 0 beside unpriced calls counts only where more calls are
+    known than these can be: then an answer was free.
+    """
+    known = sums["requests"] - sums["unpriced_requests"]
+    ended_early = sums["refused"] + sums["errors"] + sums["client_closed"]
+    is_unknown = sums["unpriced_requests"] > 0 and not sums["cost_nano"] and known <= ended_early
+    return None if is_unknown else sums["cost_nano"]
+
+
 def _shape(sums: Sums) -> dict[str, Any]:
-    is_unpriced = 0 < sums["requests"] <= sums["unpriced_requests"]
     return {
         "requests": sums["requests"],
         "errors": sums["errors"],
@@ -82,7 +94,7 @@ def _shape(sums: Sums) -> dict[str, Any]:
         "completion_tokens": sums["completion_tokens"],
         "cached_tokens": sums["cached_tokens"],
         "total_tokens": sums["total_tokens"],
-        "cost_usd": None if is_unpriced else usd(sums["cost_nano"]),
+        "cost_usd": usd(known_cost(sums)),
         "unpriced_requests": sums["unpriced_requests"],
         "cache_hits": 0,
         "latency_ms": percentiles([sums[name] for name in LATENCY_BUCKETS]),

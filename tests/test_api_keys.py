@@ -111,6 +111,7 @@ def test_spending_is_null_only_where_nothing_had_a_price(app: Flask, gateway: Ga
     person = Person(app)
     id = person.api_key()["id"]
     add_counter(gateway, person.workspace, api_key_id=id, model="a", requests=2, unpriced_requests=2)
+    add_counter(gateway, person.workspace, api_key_id=id, model="", refused=1)
     assert person.get(f"api-keys/{id}").get_json()["spent_usd"] is None
     add_counter(gateway, person.workspace, api_key_id=id, model="b", cost_nano=5)
     assert person.get(f"api-keys/{id}").get_json()["spent_usd"] == 5e-9

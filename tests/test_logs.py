@@ -285,6 +285,21 @@ def test_odd_json_in_a_body_is_answered_all_the_same(app: Flask, gateway: Gatewa
     assert response.get_json()["request"].keys() == json.loads(body).keys()
 
 
+def test_the_arithmetic_of_a_cost_is_exact(app: Flask, gateway: Gateway):
+    person = Person(app)
+    price = {"source": "override", "input": "2.5", "cached_input": "0", "cache_write": "3", "output": "1E-9"}
+    counts = {"prompt_tokens": 3, "cached_tokens": 1, "completion_tokens": 5, "usage_source": "provider"}
+    id = add_log(gateway, person.workspace, price=price, cost_nano=5000, **counts)
+    response = person.get(f"logs/{id}")
+    assert response.get_json()["cost"] == [
+        {"class": "input", "tokens": 2, "usd_per_million": 2.5, "usd": 0.000005},
+        {"class": "cached_input", "tokens": 1, "usd_per_million": 0, "usd": 0},
+        {"class": "output", "tokens": 5, "usd_per_million": 1e-9, "usd": 0},
+    ]
+    assert '"usd_per_million":0.000000001,' in response.text
+    assert "price" not in response.get_json()
+
+
 @pytest.mark.parametrize("id", ["nothing", "%00", "%ED%A0%80", "x" * 5000])
 def test_a_row_that_is_not_there_is_404(app: Flask, id: str):
     assert Person(app).get(f"logs/{id}").status_code == 404

@@ -125,6 +125,17 @@ def test_cost_is_the_known_cost_and_null_only_where_there_is_none(app: Flask, ga
     assert response.get_json()["totals"]["unpriced_requests"] == 3
 
 
+@pytest.mark.parametrize("costless", ["refused", "errors", "client_closed"])
+def test_what_costs_nothing_does_not_make_the_unpriced_free(app: Flask, gateway: Gateway, costless: str):
+    person = Person(app)
+    add_counter(gateway, person.workspace, hour=NOON, model="", **{costless: 1})
+    assert usage(person, MARCH)["totals"]["cost_usd"] == 0
+    add_counter(gateway, person.workspace, hour=NOON, model="a", requests=2, unpriced_requests=2)
+    assert usage(person, MARCH)["totals"]["cost_usd"] is None
+    add_counter(gateway, person.workspace, hour=NOON, model="free")
+    assert usage(person, MARCH)["totals"]["cost_usd"] == 0
+
+
 def test_every_count_is_passed_on(app: Flask, gateway: Gateway):
     person = Person(app)
     counts = {"requests": 10, "errors": 1, "refused": 2, "client_closed": 3, "completion_tokens": 4}

@@ -1,4 +1,4 @@
-"""Recomputes the books from the rows, on one snapshot, and names each difference. Changes nothing."""
+"""Recomputes cost and counters from the rows, on one snapshot, and names each difference. Changes nothing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from perpetuo.db import Database
-from perpetuo.gateway import statements
+from perpetuo.gateway import costs, statements
 from perpetuo.gateway.statements import COUNTED, COUNTER_KEYS, COUNTER_SUMS, CounterKey, Values
 from perpetuo.models import RequestLog, UsageCounter, Workspace
+from perpetuo.pricing import read_price
 
 LOGS = RequestLog.__table__
 COUNTERS = UsageCounter.__table__
@@ -21,17 +22,28 @@ AUDIT_SECONDS = 600.0
 
 
 def differences(database: Database) -> list[str]:
-    """A sentence for each counter that is not the sum of its rows. Raises Unavailable."""
+    """A sentence for each cost that is not its usage at its price, and for each counter that is not the sum
+    of its rows. Raises Unavailable."""
     return database.snapshot(lambda connection: list(_differences(connection)), AUDIT_SECONDS)
 
 
 def _differences(connection: Connection) -> Iterator[str]:
+    sums: dict[CounterKey, Values] = {}
+    for row in _rows(connection):
+        place = (row["created_at"].astimezone(UTC), row["workspace_id"], row["api_key_id"])
+        statements.add(sums, *statements.contribution(*place, row))
+        cost = costs.cost_nano(row, read_price(row["price"]) if row["price"] else None)
+        if cost != row["cost_nano"]:
+            yield f"request {row['id']}: cost_nano is {row['cost_nano']}, its usage and price say {cost}"
+    yield from _wrong_counters(connection, sums)
+
+
+def _wrong_counters(connection: Connection, sums: dict[CounterKey, Values]) -> Iterator[str]:
     statement = sa.select(Workspace.id, Workspace.pruned_before)
     pruned = dict(iter(connection.execute(statement)))
-    sums = _sums_of_rows(connection)
     counters = _counters(connection)
     for key in sorted(sums.keys() | counters.keys()):
-        workspace_id, hour, *_ = key
+        workspace_id, hour, api_key_id, provider, model = key
         since = pruned.get(workspace_id)
         if since is not None and hour < since:
             continue  # its rows are gone, the counters stay
@@ -39,22 +51,17 @@ def _differences(connection: Connection) -> Iterator[str]:
         wrong = [n for n in COUNTER_SUMS if stored.get(n, 0) != summed.get(n, 0)]
         if wrong:
             told = ", ".join(f"{n} is {stored.get(n, 0)}, rows say {summed.get(n, 0)}" for n in wrong)
-            place = f"workspace {workspace_id}, {hour:%Y-%m-%d %H}:00, key {key[2]}"
-            yield f"{place}, {key[3] or 'no provider'}, {key[4] or 'no model'}: {told}"
+            place = f"workspace {workspace_id}, {hour:%Y-%m-%d %H}:00, key {api_key_id}"
+            yield f"{place}, {provider or 'no provider'}, {model or 'no model'}: {told}"
 
 
-def _sums_of_rows(connection: Connection) -> dict[CounterKey, Values]:
-    names = ("id", "workspace_id", "api_key_id", "created_at", *COUNTED)
-    statement = (
-        sa.select(*(LOGS.c[name] for name in names))
-        .where(LOGS.c.status != "open")
-        .execution_options(yield_per=BATCH)
-    )
-    totals: dict[CounterKey, Values] = {}
-    for row in connection.execute(statement).mappings():
-        place = (row["created_at"].astimezone(UTC), row["workspace_id"], row["api_key_id"])
-        statements.add(totals, *statements.contribution(*place, dict(row)))
-    return totals
+def _rows(connection: Connection) -> Iterator[Values]:
+    """Every settled row: what its cost depends on, and what it has put into the counters."""
+    names = ("id", "workspace_id", "api_key_id", "created_at", "swept", "hold_nano", "usage_source")
+    columns = [LOGS.c[name] for name in (*names, "cache_write_tokens", *COUNTED)]
+    text = sa.type_coerce(LOGS.c.price, sa.Text).label("price")  # many rows have the same, read once
+    statement = sa.select(*columns, text).where(LOGS.c.status != "open").execution_options(yield_per=BATCH)
+    yield from map(dict, connection.execute(statement).mappings())
 
 
 def _counters(connection: Connection) -> dict[CounterKey, Values]:

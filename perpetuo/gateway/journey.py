@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from perpetuo.db import storable
 from perpetuo.errors import GatewayError, InvalidRequest, Unavailable
-from perpetuo.gateway import intake
+from perpetuo.gateway import costs, intake
 from perpetuo.gateway.bodies import pack_beside
 from perpetuo.gateway.calls import Aborted, Call
 from perpetuo.gateway.exchange import Attempt
@@ -20,6 +20,7 @@ from perpetuo.gateway.router import Target
 from perpetuo.gateway.rows import Row
 from perpetuo.gateway.statements import Values
 from perpetuo.gateway.upstream import Upstream
+from perpetuo.pricing import Price, cost
 from perpetuo.providers.base import Usage
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,8 @@ class Journey:
         """Writes how it ended. Raises Unavailable where nothing of it could be written."""
         latency = monotonic() - self.began
         upstream_time = sum(attempt.seconds for attempt in self.attempts)
+        # That of the target which answered, as of the call's opening: it may be another than at open.
+        price = costs.price_of(self.target, self.asked, self.row.opening["created_at"], self._dropped)
         values: Values = {
             "status": status,
             **target_values(self.target),
@@ -80,12 +83,17 @@ class Journey:
             "latency_us": int(latency * 1e6),
             "overhead_us": max(0, int((latency - upstream_time) * 1e6)),
             "ttft_us": int((self.first_content - self.began) * 1e6) if self.first_content else None,
-            **usage_values(usage),
+            "price": price,
+            **usage_values(usage, price),
             **outcome,
         }
         if self.keeps_bodies:
             values["request_body"] = self._packed(self.asked.body)
         self.ledger.settle(self.row, values, waits=waits)
+
+    @property
+    def _dropped(self) -> tuple[str, ...]:
+        return self.attempts[-1].dropped if self.attempts else ()
 
     def _packed(self, body: bytes) -> bytes:
         return pack_beside(self.ledger.database.native, body)
@@ -114,7 +122,7 @@ class Journey:
     def headers(self) -> dict[str, str]:
         """Which provider and model answer, after how many attempts, and what the upstream's headers say."""
         last = self.attempts[-1] if self.attempts else None
-        dropped = {"x-perpetuo-dropped": ", ".join(last.dropped)} if last and last.dropped else {}
+        dropped = {"x-perpetuo-dropped": ", ".join(self._dropped)} if self._dropped else {}
         return {
             **(last.headers if last else {}),
             **dropped,
@@ -147,8 +155,8 @@ def target_values(target: Target) -> Values:
     }
 
 
-def usage_values(usage: Usage | None) -> Values:
-    """The usage columns. Without usage the call cost nothing; with one its cost waits for a price."""
+def usage_values(usage: Usage | None, price: Price | None) -> Values:
+    """The usage columns and what they come to: nothing without usage, unknown without a price."""
     if usage is None:
         return {**NO_USAGE, "cost_nano": 0}
     return {
@@ -159,5 +167,5 @@ def usage_values(usage: Usage | None) -> Values:
         "cache_write_tokens": usage.cache_write_tokens,
         "reasoning_tokens": usage.reasoning_tokens,
         "usage_source": usage.source,
-        "cost_nano": None,
+        "cost_nano": None if price is None else cost(usage, price).nano,
     }

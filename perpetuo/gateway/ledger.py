@@ -195,7 +195,7 @@ class Ledger:
         for snapshot in writes:
             if snapshot.is_final and snapshot.row.id in ids:
                 _move(totals, snapshot, found.get(snapshot.row.id))
-        self._move_counters(connection, totals)
+        self.move_counters(connection, totals)
         return len(ids)
 
     def _found(self, connection: Connection, ids: list[str]) -> dict[str, Values]:
@@ -205,7 +205,8 @@ class Ledger:
         rows = self._execute(connection, statement, [ids]).mappings()
         return {row["id"]: dict(row) for row in rows}
 
-    def _move_counters(self, connection: Connection, totals: dict[CounterKey, Values]) -> None:
+    def move_counters(self, connection: Connection, totals: dict[CounterKey, Values]) -> None:
+        """Adds to the counters, in their order, what the rows written in this transaction came to."""
         if not totals:
             return
         ordered = sorted(totals.items())  # two processes then never wait for each other

@@ -22,6 +22,7 @@ from perpetuo.db import Database
 from perpetuo.errors import Forbidden, NotFound
 from perpetuo.gateway.access import Caller
 from perpetuo.models import ProviderKey, Workspace
+from perpetuo.price_list import Overrides
 from perpetuo.providers import catalog
 
 KEPT = 1000  # workspaces
@@ -41,6 +42,7 @@ class Key:
     priority: int
     weight: int
     created_at: datetime
+    prices: Overrides = Overrides(None)
 
     def serves(self, model: str) -> bool:
         """Whether `models` lets this name through; without `models` everything may pass."""
@@ -191,6 +193,7 @@ def _select(connection: Connection, workspace_id: str) -> tuple[int, Config]:
             priority=row["priority"],
             weight=row["weight"],
             created_at=row["created_at"],
+            prices=Overrides(row["prices"]),
         )
         for row in rows
         if row["provider"] in catalog.CATALOG and catalog.adapter(row["provider"]) is not None

@@ -24,6 +24,7 @@ from perpetuo.models import (
     RequestLog,
     UsageCounter,
 )
+from perpetuo.pricing import Price
 
 Values = dict[str, Any]
 CounterKey = tuple[str, datetime, str, str, str]  # workspace, hour, API key, provider, model
@@ -82,6 +83,8 @@ def _parameter(database: Database, name: str, value: Any) -> Any:
     if name in TIMES:
         return database.time(value)
     if name in JSON:
+        if isinstance(value, Price):
+            return value.text
         return orjson.dumps(value).decode()
     return value
 

@@ -16,10 +16,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from perpetuo.errors import Unavailable
+from perpetuo.gateway import costs
 from perpetuo.gateway.ledger import Ledger
 from perpetuo.gateway.rows import Row, Snapshot
 from perpetuo.gateway.statements import Values
 from perpetuo.models import RequestLog
+from perpetuo.pricing import Price
 
 log = logging.getLogger(__name__)
 
@@ -147,11 +149,12 @@ def _stamp(connection: Connection, owners: set[int], moment: datetime | None) ->
 
 
 def _interrupted(values: Values, finished_at: datetime) -> Snapshot:
+    price = Price.from_json(values["price"]) if values["price"] else None
     outcome = {
         "status": "interrupted",
         "swept": True,
         "finished_at": finished_at,
-        "cost_nano": values["hold_nano"],  # the upper bound, since nobody knows what the upstream billed
+        "cost_nano": costs.cost_nano({**values, "swept": True}, price),
         "error_type": "server_error",
         "error_code": "interrupted",
         "error_message": "The process that served this call died before the call ended.",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Mapping
+from datetime import UTC, datetime
 from socket import socket
 from time import monotonic
 
@@ -16,7 +17,7 @@ from perpetuo.crypto import KeyRing
 from perpetuo.db import Database
 from perpetuo.db_errors import UNMIGRATED
 from perpetuo.errors import GatewayError, InvalidRequest, NotFound, Unavailable
-from perpetuo.gateway import intake
+from perpetuo.gateway import costs, intake
 from perpetuo.gateway.access import Access, Caller
 from perpetuo.gateway.calls import Aborted, Call, Calls
 from perpetuo.gateway.intake import Asked
@@ -152,8 +153,11 @@ def _able(endpoint: Endpoint, targets: list[Target]) -> list[Target]:
 def _opening(target: Target, asked: Asked) -> Values:
     """What the row says while the call is in flight, and if its process dies."""
     estimate = len(asked.body) // 4  # four bytes a token; only a sweep ever shows it
+    created_at = datetime.now(UTC)
     return {
+        "created_at": created_at,
         **target_values(target),
+        "price": costs.price_of(target, asked, created_at),
         "prompt_tokens": estimate,
         "completion_tokens": 0,
         "total_tokens": estimate,

@@ -25,7 +25,7 @@ def test_an_answer_passes_unchanged_and_is_logged(ask, upstream, logs, counters)
     assert response.headers["x-request-id"] == row["id"]
     assert (row["status"], row["http_status"], row["provider"]) == ("ok", 200, "openai")
     assert row["total_tokens"] == response.json["usage"]["total_tokens"]
-    assert (row["usage_source"], row["cost_nano"]) == ("provider", None)
+    assert (row["usage_source"], row["cost_nano"]) == ("provider", 52_500)
     assert counters()[0]["requests"] == 1
 
 

@@ -13,6 +13,7 @@ from perpetuo.models import RequestLog, UsageCounter
 CALLER = Caller("ws_1", "key_1", "laptop", None, True, 1)
 OPENING = {"endpoint": "chat.completions", "stream": False, "model": "gpt-4o", "provider": "openai"}
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12, "cached_tokens": 2}
+USAGE |= {"usage_source": "provider"}
 OK = {
     "status": "ok",
     "http_status": 200,

@@ -81,7 +81,7 @@ def post_worker_init(worker):
     # A full collection would look at all that was imported, for 60 ms in which nothing else runs.
     gc.collect()
     gc.freeze()
-    # Fewer looks for cycles, of which a request leaves none: with a thousand streams they are 5 ms of the p99.
+    # Fewer looks for cycles, of which a request leaves none: at a thousand streams they are 5 ms of the p99.
     gc.set_threshold(20_000, 20, 20)
     # How long a native thread may keep Python's lock where the loop wants it back, which it does after each
     # write to a socket. With the default of 5 ms the commits' own thread costs a third of the calls a second.

@@ -119,6 +119,14 @@ def price_for(
     return _listed(provider, model, context, int(at.timestamp()) // 60)
 
 
+def context_window(provider: str, model: str) -> int | None:
+    """The most tokens of input that a model takes; None where nobody says."""
+    if provider not in LIBRARY_NAMES or len(model) > LONGEST_NAME:
+        return None
+    found = _find(provider, model)
+    return found.context_window if found else None
+
+
 @lru_cache(MOST_KEPT)
 def _listed(provider: str, model: str, context: Context, minute: int) -> Price | None:
     """Prices change at days and at hours of the day, never within a minute."""

@@ -150,15 +150,18 @@ def _clamped(usage: Usage, priced: tuple[int, ...]) -> tuple[str, ...]:
 
 
 def bound(price: Price, input_tokens: int, output_tokens: int) -> int:
-    """Nano-dollars that no usage within these counts can pass: the dearest input class, the dearest tier
-    within reach, and each token rounded up, so that no class's rounding can pass it either."""
+    """Nano-dollars that no usage within these counts can pass."""
+    input_nano, output_nano = dearest(price, input_tokens)
+    return _within(input_tokens, MOST_TOKENS) * input_nano + _within(output_tokens, MOST_TOKENS) * output_nano
+
+
+def dearest(price: Price, input_tokens: int) -> tuple[int, int]:
+    """Nano-dollars for a token of input and of output: the dearest input class, the dearest tier within
+    reach, each rounded up, so that no class's rounding can pass it either."""
     input_tokens = _within(input_tokens, MOST_TOKENS)
     reachable = [price.rates, *(tier.rates for tier in price.tiers if tier.above < input_tokens)]
     dearest_input = max(max(rates[:3]) for rates in reachable)
-    dearest_output = max(rates.output for rates in reachable)
-    return input_tokens * _nano_up(dearest_input) + _within(output_tokens, MOST_TOKENS) * _nano_up(
-        dearest_output
-    )
+    return _nano_up(dearest_input), _nano_up(max(rates.output for rates in reachable))
 
 
 def _within(count: int, most: int) -> int:

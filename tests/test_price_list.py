@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perpetuo import price_list
-from perpetuo.price_list import LIBRARY_NAMES, Overrides, context_of, price_for
+from perpetuo.price_list import LIBRARY_NAMES, Overrides, context_of, context_window, price_for
 from perpetuo.pricing import cost
 from perpetuo.providers.base import Usage
 from perpetuo.providers.catalog import CATALOG
@@ -70,6 +70,21 @@ def test_a_server_of_ones_own_has_no_price_but_the_owners(provider):
 )
 def test_what_has_no_known_price_has_none(provider, model):
     assert price_for(provider, model, None, DAY) is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "tokens"),
+    [
+        ("openai", "gpt-4o-2024-11-20", 128_000),
+        ("openai", "gpt-4", 8_192),
+        ("azure", "gpt-4o", 128_000),
+        ("openai", "nobodys-model", None),
+        ("custom", "gpt-4o", None),
+        ("openai", "gpt-4o" + "o" * 10_000, None),
+    ],
+)
+def test_a_models_window_is_what_the_library_says(provider, model, tokens):
+    assert context_window(provider, model) == tokens
 
 
 def test_the_source_is_named():

@@ -23,6 +23,7 @@ TEXT = {"type": "text", "text": "."}
 ANSWERS = {
     "chat.completions": {"id": "1", "object": "chat.completion", "created": 1, "choices": [CHOICE]},
     "embeddings": {"object": "list", "data": [{"object": "embedding", "index": 0, "embedding": [0.5]}]},
+    "responses": {"output": [{"type": "message", "content": [{"type": "output_text", "text": "."}]}]},
     "anthropic": {
         "id": "1",
         "type": "message",

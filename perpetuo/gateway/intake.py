@@ -24,8 +24,17 @@ LONG = 1024 * 1024  # a body whose parts are read with a breath between them
 PASSED = ("openai-beta", "idempotency-key")
 # What the gateway decides by must not be there twice: the upstream might take the other one.
 DECISIVE = frozenset(
-    {"model", "models", "stream", "stream_options", "messages", "input", "n", "max_tokens"}
-) | {"max_completion_tokens"}
+    (
+        *("model", "models", "stream", "stream_options", "messages", "input"),
+        *("n", "best_of", "max_tokens", "max_completion_tokens", "max_output_tokens", "prediction"),
+        # What a budget cannot bound, or has another price.
+        *("tools", "web_search_options", "search_parameters", "search_settings", "compound_custom"),
+        *("mcp_servers", "container", "data_sources", "previous_response_id", "conversation", "prompt"),
+        *("plugins", "preset", "cached_content", "google", "extra_body", "background", "deferred"),
+        *("context_management", "chat_template", "mm_processor_kwargs"),
+        *("service_tier", "speed", "inference_geo"),
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +51,9 @@ class Asked:
     def is_stream(self) -> bool:
         return self.fields.get("stream") is True and self.endpoint != "embeddings"
 
-    def to(self, model: str) -> ModelRequest:
-        """The request as one target gets it."""
-        return ModelRequest(self.endpoint, model, self.body, self.fields, self.headers)
+    def to(self, model: str, output_limit: int | None = None) -> ModelRequest:
+        """The request as one target gets it, with a maximum of output tokens in place of the client's."""
+        return ModelRequest(self.endpoint, model, self.body, self.fields, self.headers, output_limit)
 
 
 def parse(body: bytes) -> dict[str, Any]:

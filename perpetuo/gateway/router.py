@@ -55,6 +55,8 @@ class Target:
 
     key: Key
     model: str
+    output_limit: int | None = None  # sent as the maximum of output tokens in place of the client's
+    is_shrunk: bool = False  # because a budget has no more
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ class Upstream:
         call.allow(self._settings.total_timeout, "total")
         while True:
             try:
-                answer = self._send(call, plan.target, asked.to(plan.target.model), attempts)
+                answer = self._send(call, plan.target, _request(asked, plan.target), attempts)
             except GatewayError as exc:
                 _move_on(call, plan, exc)
             else:
@@ -227,7 +227,7 @@ class Stream:
 
     def _attempt(self, target: Target) -> Generator[bytes | None]:
         settings, call = self._upstream._settings, self._call
-        request = self._asked.to(target.model)
+        request = _request(self._asked, target)
         with self._upstream._attempt(call, target, request, self._attempts) as (exchange, adapter, secret):
             self.reader = reader = adapter.open_stream(request, keep_text=self._keep_text, secret=secret)
             exchange.allow(settings.first_byte_timeout, "first_byte")
@@ -267,6 +267,10 @@ def _move_on(call: Call, plan: Plan, error: GatewayError) -> None:
     if call.total_until - monotonic() <= seconds:
         raise error
     call.pause(seconds)
+
+
+def _request(asked: Asked, target: Target) -> ModelRequest:
+    return asked.to(target.model, target.output_limit)
 
 
 def _adapter(target: Target) -> Provider:

@@ -64,3 +64,17 @@ def _adaptive(asked: str, able: Capabilities) -> Effort:
 def is_thinking(thinking: object) -> bool:
     """Does a request with this `thinking` think?"""
     return isinstance(thinking, dict) and thinking.get("type") in ("enabled", "adaptive")
+
+
+def fit_thinking(body: dict[str, Any]) -> bool:
+    """Make the client's own budget of thoughts fit into a maximum that it did not choose; False where there
+    is no room for thoughts, so that there are none."""
+    thinking, most = body.get("thinking"), body["max_tokens"] - 1
+    budget = thinking.get("budget_tokens") if isinstance(thinking, dict) else None
+    if type(budget) is not int or budget <= most:
+        return True
+    if most < _MIN_BUDGET:
+        del body["thinking"]
+        return False
+    body["thinking"] = {**body["thinking"], "budget_tokens": most}
+    return True

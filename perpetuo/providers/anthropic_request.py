@@ -15,7 +15,7 @@ from perpetuo.errors import InvalidRequest
 from perpetuo.output_limits import output_bound
 from perpetuo.providers.anthropic_messages import read_messages
 from perpetuo.providers.anthropic_models import Capabilities, capabilities
-from perpetuo.providers.anthropic_reasoning import is_thinking, read_effort
+from perpetuo.providers.anthropic_reasoning import fit_thinking, is_thinking, read_effort
 from perpetuo.providers.anthropic_schema import enforceable
 from perpetuo.providers.anthropic_tools import (
     json_tool,
@@ -53,6 +53,7 @@ class Translation:
 
     def __init__(self, request: ModelRequest, *, version_has_sampling: bool) -> None:
         self.fields = request.fields
+        self._is_limited = request.output_limit is not None
         self.able = capabilities(request.model)
         self.dropped: list[str] = []
         self.body: dict[str, Any] = {"model": request.model}
@@ -125,6 +126,8 @@ class Translation:
             self.body["thinking"] = effort.thinking
         if effort.effort is not None:
             self._add_output_config(effort=effort.effort)
+        if self._is_limited and not fit_thinking(self.body):
+            self.dropped.append("thinking")
 
     def _add_output_config(self, **members: Any) -> None:
         """The client's own `output_config` counts before what is made of OpenAI's parameters."""
@@ -186,7 +189,8 @@ def _refuse_other_shapes(fields: Mapping[str, Any]) -> None:
 
 
 def max_tokens(request: ModelRequest, able: Capabilities) -> int:
-    """The bound of the output: the client's, else the one that a hold assumes; at most the model's."""
+    """The bound of the output: ours, else the client's, else the one that a hold assumes; at most the
+    model's."""
     most = output_bound(request.model)
     for name in ("max_tokens", "max_completion_tokens"):
         asked = request.fields.get(name)
@@ -195,6 +199,8 @@ def max_tokens(request: ModelRequest, able: Capabilities) -> int:
         if type(asked) is not int or asked < 1:
             raise InvalidRequest(f"'{name}' must be a whole number above 0.", param=name)
         most = asked
+    if request.output_limit is not None:
+        most = request.output_limit
     return min(most, able.max_output) if able.max_output else most
 
 

@@ -34,7 +34,8 @@ class ModelRequest:
     """One client request on its way to one target.
 
     `body` is the client's own bytes, `fields` the same parsed; `model` is the name to ask the upstream for,
-    `headers` what the client sent that may travel (lower-case names).
+    `headers` what the client sent that may travel (lower-case names). `output_limit` is sent as the maximum
+    of output tokens, in place of the client's; None leaves that as it is.
     """
 
     endpoint: Endpoint
@@ -42,6 +43,7 @@ class ModelRequest:
     body: bytes
     fields: Mapping[str, Any]
     headers: Mapping[str, str] = field(default_factory=dict)
+    output_limit: int | None = None
 
     @property
     def is_stream(self) -> bool:

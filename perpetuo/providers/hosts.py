@@ -33,6 +33,9 @@ class Host:
     values: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # its words for OpenAI's values
     counts_unasked: bool = False  # streams say their usage anyway, and `stream_options` is refused
     new_limit_models: tuple[str, ...] = ()  # how the names begin of those that refuse `max_tokens`
+    # The maximum's name where the client named none and `renames` has none either. Thoughts count inside it
+    # everywhere: DeepSeek since R1-0528, xAI by its documentation only.
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     roles: Mapping[str, str] = field(default_factory=dict)
     name_roles: Names | None = None  # the roles whose messages may have a `name`; None for all
     message_renames: Mapping[str, str] = field(default_factory=dict)  # of the assistant's messages
@@ -81,6 +84,7 @@ _REASONERS = ("gpt-5", "gpt-6", "o1", "o3", "o4", "codex")
 OPENAI = Host(
     "openai",
     new_limit_models=_REASONERS,
+    limit_name="max_completion_tokens",
     message_lacks=THOUGHTS,
     call_ids=short_id,
 )
@@ -92,6 +96,7 @@ AZURE = Host(
     auth="api-key",
     urls="azure",
     new_limit_models=_REASONERS,
+    limit_name="max_completion_tokens",
     message_lacks=THOUGHTS,
     call_ids=short_id,
 )
@@ -102,6 +107,7 @@ AZURE = Host(
 GROQ = Host(
     "groq",
     lacks=_OWN | {"logprobs", "top_logprobs", "logit_bias", "n", "prediction", "prompt_cache_key"},
+    limit_name="max_completion_tokens",
     values={"service_tier": {"default": "on_demand"}},
     name_roles=NONE,
     message_lacks=THOUGHTS | {"annotations", "audio", "refusal"},
@@ -143,8 +149,14 @@ DEEPSEEK = Host(
     wants_thoughts_back=True,
 )
 
-# docs.x.ai/docs/api-reference, 2026: a wrong key is a 400; names are for users' messages only.
-XAI = Host("xai", name_roles=frozenset({"user"}), bad_key=re.compile(r"incorrect api key", re.IGNORECASE))
+# docs.x.ai/docs/api-reference, 2026: a wrong key is a 400; names are for users' messages only; `max_tokens`
+# is deprecated.
+XAI = Host(
+    "xai",
+    limit_name="max_completion_tokens",
+    name_roles=frozenset({"user"}),
+    bad_key=re.compile(r"incorrect api key", re.IGNORECASE),
+)
 
 # ai.google.dev/gemini-api/docs/openai, 2026: 'Unknown name "…": Cannot find field.' for what it lacks; tool
 # calls come whole and without index, their streams end with "stop" (googleapis/python-genai #2868, August

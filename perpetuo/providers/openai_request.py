@@ -23,6 +23,7 @@ _SHAPING: Mapping[str, tuple[object, ...]] = {
     "modalities": (["text"],),
 }
 _EMPTY: tuple[object, ...] = ({}, [], "")
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
 class _Edit:
@@ -64,6 +65,8 @@ def build_body(request: ModelRequest, host: Host, is_stream: bool) -> tuple[byte
         messages = fit_messages(request, host, edit.dropped)
         if messages is not None:
             edit.changes["messages"] = messages
+    if request.output_limit is not None and request.endpoint != "embeddings":
+        _set_limit(request, request.output_limit, host, edit)
     if not edit.changes and not edit.removed:
         return request.body, ()
     return replace_members(request.body, edit.changes, edit.removed), tuple(dict.fromkeys(edit.dropped))
@@ -108,6 +111,24 @@ def _fit_limit(fields: Mapping[str, Any], model: str, host: Host, edit: _Edit) -
         edit.removed.append("max_tokens")
     elif model.startswith(host.new_limit_models):
         edit.rename("max_tokens", "max_completion_tokens", limit)
+
+
+def _set_limit(request: ModelRequest, limit: int, host: Host, edit: _Edit) -> None:
+    """Ours in place of the client's, and under no second name."""
+    limit_name = _limit_name(request, host)
+    edit.removed += [name for name in _LIMITS if name != limit_name]
+    edit.changes[limit_name] = limit
+
+
+def _limit_name(request: ModelRequest, host: Host) -> str:
+    if request.endpoint == "responses":
+        return "max_output_tokens"
+    if "max_completion_tokens" in host.renames:
+        return host.renames["max_completion_tokens"]
+    if request.model.startswith(host.new_limit_models):
+        return "max_completion_tokens"
+    named = (name for name in _LIMITS[:2] if request.fields.get(name) is not None)
+    return next(named, host.limit_name)
 
 
 def _ask_for_usage(request: ModelRequest, edit: _Edit) -> None:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from perpetuo import accounts, crypto, reports, schemas, web
 from perpetuo.errors import NotFound
 from perpetuo.fields import is_storable
+from perpetuo.gateway import budgets
 from perpetuo.models import ApiKey
 from perpetuo.periods import period_end
 from perpetuo.reports import Spending
@@ -64,14 +65,18 @@ def change_api_key(workspace_id: str, api_key_id: str) -> ResponseReturnValue:
     """Changes an API key's name, limits or budget."""
     _get(workspace_id, api_key_id)
     changes = _columns(web.read(schemas.ChangeApiKey).changes())
+    database = web.gateway().database  # a write on SQLite runs in a thread that has no request
 
     def change(session: Session) -> ApiKey:
         key = _lock(session, workspace_id, api_key_id)
+        before = key.budget_nano is not None, key.budget_period
         for name, value in changes.items():
             setattr(key, name, value)
+        if key.budget_nano is not None and before != (True, key.budget_period):
+            budgets.begin(database, session.connection(), key)
         return key
 
-    return _answer(web.gateway().database.save(change))
+    return _answer(database.save(change))
 
 
 @blueprint.delete("/<workspace_id>/api-keys/<api_key_id>")
@@ -147,6 +152,6 @@ def shape(key: ApiKey, spent: dict[tuple[str, str], Spending]) -> dict[str, Any]
         "budget_usd": usd(key.budget_nano),
         "budget_period": key.budget_period,
         "spent_usd": usd(spent.get((key.budget_period, key.id), Spending()).nano),
-        "held_usd": usd(key.held_nano),
+        "held_usd": usd(reports.held_now(key, key.budget_period)),
         "resets_at": period_end(key.budget_period, datetime.now(UTC)),
     }

@@ -190,6 +190,15 @@ class Database:
             return moment.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
         return moment
 
+    def moment(self, value: Any) -> datetime | None:
+        """A time that hand-written SQL has read."""
+        if value is None:
+            return None
+        if isinstance(value, str):
+            return datetime.fromisoformat(value).replace(tzinfo=UTC)
+        moment: datetime = value.astimezone(UTC)
+        return moment
+
     def sql(self, statement: str) -> str:
         """Hand-written SQL with `%s` for each parameter, in this database's own style."""
         return statement.replace("%s", "?") if self.is_sqlite else statement

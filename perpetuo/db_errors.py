@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psycopg2
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -35,7 +36,8 @@ def translated() -> Iterator[None]:
         if not isinstance(exc, OperationalError | InterfaceError) and not state.startswith(TROUBLE):
             raise
         raise _unavailable(exc) from exc
-    except OSError as exc:
+    except (OSError, psycopg2.OperationalError, psycopg2.InterfaceError) as exc:
+        # The driver's own come bare where SQLAlchemy only takes a connection back.
         raise _unavailable(exc) from exc
 
 

@@ -72,6 +72,8 @@ class Workspace(Base):
     spent_nano: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     held_nano: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     period_start: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Until then spent is summed anew from the counters at each look, see gateway/budgets.py
+    recount_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class ProviderKey(Base):
@@ -125,6 +127,8 @@ class ApiKey(Base):
     spent_nano: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     held_nano: Mapped[int] = mapped_column(sa.BigInteger, default=0)
     period_start: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    # Until then spent is summed anew from the counters at each look, see gateway/budgets.py
+    recount_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     # GCRA: when each bucket is full again
     rpm_full_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     tpm_full_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

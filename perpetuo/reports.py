@@ -16,7 +16,7 @@ from perpetuo.db import Database
 from perpetuo.gateway import costs
 from perpetuo.gateway.bodies import unpack
 from perpetuo.listing import Cursor, Page, ordered, page_of
-from perpetuo.models import RequestLog, UsageCounter
+from perpetuo.models import ApiKey, RequestLog, UsageCounter, Workspace
 from perpetuo.native import breathe
 from perpetuo.periods import period_start
 from perpetuo.pricing import Price
@@ -174,8 +174,15 @@ def log_row(database: Database, workspace_id: str, id: str) -> dict[str, Any] | 
         "request": unpack(row.request_body),
         "response": unpack(row.response_body),
         "cost": costs.arithmetic(row._mapping, Price.from_json(row.price) if row.price else None),
-        "checks": row.checks or [],
+        "checks": [_check(check) for check in row.checks or ()],
     }
+
+
+def _check(check: dict[str, Any]) -> dict[str, Any]:
+    """One limit's arithmetic: requests and tokens as they are, money in dollars."""
+    if not check["limit"].endswith("_budget"):
+        return check
+    return check | {name: usd(check[name]) for name in ("spent", "held", "this", "allowed")}
 
 
 def shape_log(row: Any) -> dict[str, Any]:
@@ -263,6 +270,12 @@ def spent_by_api_key(
         for id, *row in connection.execute(query.group_by(counters.api_key_id)):
             found[period, id] = _spent(row)
     return found
+
+
+def held_now(account: ApiKey | Workspace, period: str) -> int:
+    """What calls in flight hold of a budget in its present period, in nano-dollars."""
+    start = period_start(period, datetime.now(UTC))
+    return account.held_nano if account.period_start == start else 0
 
 
 def _spending(column: Any) -> Any:

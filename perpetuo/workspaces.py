@@ -11,6 +11,7 @@ from flask.typing import ResponseReturnValue
 from sqlalchemy.orm import Session
 
 from perpetuo import accounts, reports, schemas, web
+from perpetuo.gateway import budgets
 from perpetuo.models import ApiKey, RequestLog, UsageCounter, Workspace
 from perpetuo.periods import period_end
 from perpetuo.reports import Spending
@@ -60,14 +61,18 @@ def change_workspace(workspace_id: str) -> ResponseReturnValue:
     changes = web.read(schemas.ChangeWorkspace).changes()
     if "monthly_budget_usd" in changes:
         changes["monthly_budget_nano"] = changes.pop("monthly_budget_usd")
+    database = web.gateway().database  # a write on SQLite runs in a thread that has no request
 
     def change(session: Session) -> Workspace:
         workspace = accounts.lock_workspace(session, workspace_id)
+        had_budget = workspace.monthly_budget_nano is not None
         for name, value in changes.items():
             setattr(workspace, name, value)
+        if workspace.monthly_budget_nano is not None and not had_budget:
+            budgets.begin(database, session.connection(), workspace)
         return workspace
 
-    workspace = web.gateway().database.save(change)
+    workspace = database.save(change)
     return web.answer(shape(workspace, _spent([workspace.id])), to=_url(workspace_id))
 
 
@@ -118,7 +123,7 @@ def shape(workspace: Workspace, spent: dict[str, Spending]) -> dict[str, Any]:
         "pruned_before": workspace.pruned_before,
         "monthly_budget_usd": usd(workspace.monthly_budget_nano),
         "spent_usd": usd(spent.get(workspace.id, Spending()).nano),
-        "held_usd": usd(workspace.held_nano),
+        "held_usd": usd(reports.held_now(workspace, "month")),
         "resets_at": period_end("month", datetime.now(UTC)),
         "routes": workspace.routes,
     }

@@ -1,4 +1,7 @@
-"""Recomputes cost and counters from the rows, on one snapshot, and names each difference. Changes nothing."""
+"""Recomputes cost, counters and budgets from the rows, on one snapshot, and names each difference.
+
+Changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from perpetuo.db import Database
-from perpetuo.gateway import costs, statements
+from perpetuo.gateway import budgets, costs, statements
+from perpetuo.gateway.limits import Kind
 from perpetuo.gateway.statements import COUNTED, COUNTER_KEYS, COUNTER_SUMS, CounterKey, Values
-from perpetuo.models import RequestLog, UsageCounter, Workspace
+from perpetuo.models import ApiKey, RequestLog, UsageCounter, Workspace
+from perpetuo.periods import period_end
 from perpetuo.pricing import read_price
 
 LOGS = RequestLog.__table__
@@ -22,8 +27,11 @@ AUDIT_SECONDS = 600.0
 
 
 def differences(database: Database) -> list[str]:
-    """A sentence for each cost that is not its usage at its price, and for each counter that is not the sum
-    of its rows. Raises Unavailable."""
+    """A sentence for each cost that is not its usage at its price, each counter that is not the sum of its
+    rows, and each budget whose spent is not that of its period or whose held is not that of its open rows.
+
+    Raises Unavailable.
+    """
     return database.snapshot(lambda connection: list(_differences(connection)), AUDIT_SECONDS)
 
 
@@ -36,6 +44,8 @@ def _differences(connection: Connection) -> Iterator[str]:
         if cost != row["cost_nano"]:
             yield f"request {row['id']}: cost_nano is {row['cost_nano']}, its usage and price say {cost}"
     yield from _wrong_counters(connection, sums)
+    yield from _wrong_budgets(connection, ApiKey)
+    yield from _wrong_budgets(connection, Workspace)
 
 
 def _wrong_counters(connection: Connection, sums: dict[CounterKey, Values]) -> Iterator[str]:
@@ -53,6 +63,24 @@ def _wrong_counters(connection: Connection, sums: dict[CounterKey, Values]) -> I
             told = ", ".join(f"{n} is {stored.get(n, 0)}, rows say {summed.get(n, 0)}" for n in wrong)
             place = f"workspace {workspace_id}, {hour:%Y-%m-%d %H}:00, key {api_key_id}"
             yield f"{place}, {provider or 'no provider'}, {model or 'no model'}: {told}"
+
+
+def _wrong_budgets(connection: Connection, model: type[ApiKey] | type[Workspace]) -> Iterator[str]:
+    """Spent against the counters, which were held against the rows above; they outlive pruned rows."""
+    owner = model.__table__.c
+    kind: Kind = "api_key" if model is ApiKey else "workspace"
+    budget = owner.budget_nano if model is ApiKey else owner.monthly_budget_nano
+    period = owner.budget_period if model is ApiKey else sa.literal("month").label("budget_period")
+    columns = (owner.id, period, owner.spent_nano, owner.held_nano, owner.period_start, owner.recount_until)
+    statement = sa.select(*columns).where(budget.is_not(None), owner.period_start.is_not(None))
+    for id, period, spent, held, start, recount_until in connection.execute(statement).all():
+        end = period_end(period, start)
+        spent_then = budgets.spent_between(connection, kind, id, start, end)
+        if recount_until is None and spent != spent_then:
+            yield f"{kind} {id}: spent_nano is {spent}, the counters since {start:%Y-%m-%d} say {spent_then}"
+        held_then = budgets.held_since(connection, kind, id, start)
+        if held != held_then:
+            yield f"{kind} {id}: held_nano is {held}, its open rows say {held_then}"
 
 
 def _rows(connection: Connection) -> Iterator[Values]:

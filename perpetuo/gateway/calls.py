@@ -167,6 +167,11 @@ class Call:
             if seconds > 0:
                 sleep(seconds)
 
+    def wait(self, event: threading.Event, seconds: float) -> None:
+        """Until `event` is set, for so long at most. Raises Aborted."""
+        with self:
+            event.wait(seconds)
+
     def begin_write(self) -> None:
         """The client is being written to: its socket has a deadline of its own, the upstream's rests."""
         self._resumed = (self._until, self._name)
@@ -181,8 +186,15 @@ class Call:
             self._arm()
 
     def breathe(self) -> None:
-        """Lets others run where this call has not waited for a while: gevent does not switch by itself."""
-        if self._greenlet is not None and monotonic() > self._fair_until:
+        """Lets others run where this call has not waited for a while: gevent does not switch by itself.
+
+        An upstream that never pauses lets no wait end in time, so the time is looked at here too. Raises
+        Aborted.
+        """
+        now = monotonic()
+        if now >= self._until:
+            raise Aborted(self._name)
+        if self._greenlet is not None and now > self._fair_until:
             gevent.sleep(0)
             self._fair_until = monotonic() + FAIR_SECONDS
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from urllib.parse import quote
@@ -57,7 +57,7 @@ class Journey:
     upstream: Upstream
     call: Call
     asked: Asked
-    targets: list[Target]
+    targets: Sequence[Target]
     row: Row
     keeps_bodies: bool
     began: float
@@ -121,15 +121,26 @@ class Journey:
 
     def headers(self) -> dict[str, str]:
         """Which provider and model answer, after how many attempts, and what the upstream's headers say."""
-        last = self.attempts[-1] if self.attempts else None
+        target = self.target
+        limits = self.row.verdict.headers if self.row.verdict else {}
+        shrunk = {"x-perpetuo-max-tokens": str(target.output_limit)} if target.is_shrunk else {}
         dropped = {"x-perpetuo-dropped": ", ".join(self._dropped)} if self._dropped else {}
         return {
-            **(last.headers if last else {}),
+            **self._upstream_headers(bool(limits)),
+            **limits,
+            **shrunk,
             **dropped,
-            "x-perpetuo-provider": self.target.key.provider,
-            "x-perpetuo-model": quote(storable(self.target.model)[:200], safe=VISIBLE),
+            "x-perpetuo-provider": target.key.provider,
+            "x-perpetuo-model": quote(storable(target.model)[:200], safe=VISIBLE),
             "x-perpetuo-attempts": str(len(self.attempts)),
         }
+
+    def _upstream_headers(self, has_limits: bool) -> dict[str, str]:
+        """What the upstream's headers say; of its limits only where we have none."""
+        headers = self.attempts[-1].headers if self.attempts else {}
+        if not has_limits:
+            return headers
+        return {name: value for name, value in headers.items() if not name.startswith("x-ratelimit-")}
 
 
 def error_of(exc: Exception) -> tuple[GatewayError, str]:

@@ -10,19 +10,17 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from time import monotonic
 
-from sqlalchemy.engine import Connection
-
 from perpetuo.db import Database, storable
 from perpetuo.errors import GatewayError, Unavailable
-from perpetuo.gateway import statements
 from perpetuo.gateway.access import Caller
 from perpetuo.gateway.bodies import pack_beside
-from perpetuo.gateway.rows import Row, Snapshot
-from perpetuo.gateway.statements import CounterKey, Values
+from perpetuo.gateway.books import Books, LimitsOf, anyone
+from perpetuo.gateway.limits import Ask, Verdict
+from perpetuo.gateway.rows import Row, Snapshot, Values
 from perpetuo.gateway.touches import Touches
 from perpetuo.gateway.writer import LAZY_SECONDS, Writer
 from perpetuo.liveness import ProcessLock
@@ -36,14 +34,35 @@ NO_USAGE: Values = dict.fromkeys(
     ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens")
     + ("cache_write_tokens", "reasoning_tokens", "usage_source")
 )
+LOOK_SECONDS = 0.25  # how often a call that waits for held money looks whether another process gave it back
 SAMPLED_FROM = 20  # refusals of one key and code within a second that get a row each
+
+
+Wait = Callable[[threading.Event, float], None]
+
+
+class Refusal(GatewayError):
+    """What the limits refuse: a verdict's error, with its arithmetic and the headers about the limits."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        error = verdict.error
+        assert error is not None
+        headers = {**verdict.headers, **error.headers}
+        super().__init__(
+            error.message, status=error.status, type=error.type, code=error.code, headers=headers
+        )
+        self.checks = verdict.checks
 
 
 class Ledger:
     """The books of one process. Starts with its first row, so that it survives a fork."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, limits_of: LimitsOf = anyone, public_url: str = "") -> None:
+        """`limits_of(api_key_id)` says whether that key, and whether its workspace, may have a budget or
+        limits; `public_url` is where their pages are."""
         self.database = database
+        self.books = Books(database, limits_of, public_url)
+        self._waiting: set[threading.Event] = set()  # calls that wait for held money
         self.owner = 0
         self.touches = Touches(database)
         self.writer = Writer(self._commit, self.touches.flush)
@@ -93,11 +112,48 @@ class Ledger:
         if self.writer.failure is None:
             self.writer.put_lazily(row)
         elif not self._wait(row, ADMISSION_SECONDS, lambda: row.is_open):
-            failure = row.failure or self.writer.failure or Unavailable("The database is slow; try again.")
-            if not self.writer.withdraw(row):  # it may have been committed: then it says what became of it
-                self.settle(row, refusal(failure), waits=False)
-            raise failure
+            raise self._not_opened(row)
         return row
+
+    def _not_opened(self, row: Row) -> GatewayError:
+        failure = row.failure or self.writer.failure or Unavailable("The database is slow; try again.")
+        if not self.writer.withdraw(row):  # it may have been committed: then it says what became of it
+            self.settle(row, refusal(failure), waits=False)
+        return failure
+
+    def admit(self, caller: Caller, values: Values, ask: Ask, patience: float, wait: Wait) -> Row:
+        """The row of a call that has a budget or limits: committed, with what it holds, when this returns.
+
+        While only held money is in the way it asks again for `patience` seconds, pausing with
+        `wait(event, seconds)`, which may raise. Raises what the limits refuse (`checks` are in the error's
+        verdict), and Unavailable.
+        """
+        if self._lock is None:
+            self.start()
+        row = Row(self._opening(caller, values), ask=ask)
+        until = monotonic() + patience
+        while True:
+            row.ask_again()
+            if not self._wait(row, ADMISSION_SECONDS, lambda: row.verdict is not None):
+                raise self._not_opened(row)
+            verdict = row.decided
+            if verdict.error is not None:
+                raise Refusal(verdict)
+            if verdict.is_admitted:
+                return row
+            if monotonic() >= until:
+                row.ask = ask.impatient()
+            else:
+                self._await_release(wait, until - monotonic())
+
+    def _await_release(self, wait: Wait, seconds: float) -> None:
+        """Until a call of this process has settled; other processes' are seen by looking now and then."""
+        event = threading.Event()
+        self._waiting.add(event)
+        try:
+            wait(event, min(seconds, LOOK_SECONDS))
+        finally:
+            self._waiting.discard(event)
 
     def ensure_open(self, row: Row) -> None:
         """Returns once the row is committed: before the first byte of a stream. Raises Unavailable."""
@@ -175,51 +231,17 @@ class Ledger:
         return True
 
     def _commit(self, snapshots: list[Snapshot]) -> None:
-        self.database.transaction(lambda connection: self.apply(connection, snapshots))
-
-    def apply(self, connection: Connection, snapshots: Sequence[Snapshot]) -> int:
-        """Writes a batch inside a transaction, its rows and what they change in the counters; how many rows.
-
-        Exactly once: the counters move by what the transaction really wrote. A row that may be there already
-        is read first, under its lock: an open one is settled, a swept one put right by the difference, and
-        what is done is dropped. May run twice for one batch, so it leaves the rows in memory alone.
-        """
-        found = self._found(connection, [s.row.id for s in snapshots if s.may_exist])
-        writes = [s for s in snapshots if _is_due(s, found.get(s.row.id))]
-        if not writes:
-            return 0
-        parameters = [statements.row_parameters(self.database, snapshot.values) for snapshot in writes]
-        written = self._execute(connection, statements.upsert_rows(len(writes)), parameters)
-        ids = {row_id for (row_id,) in written.all()}
-        totals: dict[CounterKey, Values] = {}
-        for snapshot in writes:
-            if snapshot.is_final and snapshot.row.id in ids:
-                _move(totals, snapshot, found.get(snapshot.row.id))
-        self.move_counters(connection, totals)
-        return len(ids)
-
-    def _found(self, connection: Connection, ids: list[str]) -> dict[str, Values]:
-        if not ids:
-            return {}
-        statement = statements.select_rows(len(ids), self.database.for_update)
-        rows = self._execute(connection, statement, [ids]).mappings()
-        return {row["id"]: dict(row) for row in rows}
-
-    def move_counters(self, connection: Connection, totals: dict[CounterKey, Values]) -> None:
-        """Adds to the counters, in their order, what the rows written in this transaction came to."""
-        if not totals:
-            return
-        ordered = sorted(totals.items())  # two processes then never wait for each other
-        parameters = [statements.counter_parameters(self.database, *total) for total in ordered]
-        self._execute(connection, statements.upsert_counters(len(parameters)), parameters)
-
-    def _execute(self, connection, statement, parameters):  # type: ignore[no-untyped-def]
-        return connection.exec_driver_sql(self.database.sql(statement), statements.flat(parameters))
+        self.database.transaction(lambda connection: self.books.write(connection, snapshots))
+        if self._waiting and any(snapshot.is_final for snapshot in snapshots):
+            for event in list(self._waiting):
+                event.set()
 
 
 def refusal(error: GatewayError) -> Values:
     """The outcome of a call that the gateway refused: it cost nothing."""
     ended = {"status": "refused", "finished_at": datetime.now(UTC), "cost_nano": 0}
+    if error.code == "client_closed":  # it left while it waited to be let in
+        return {**NO_USAGE, **ended, "status": "client_closed"}
     return {**NO_USAGE, **ended, **error_values(error)}
 
 
@@ -231,21 +253,3 @@ def error_values(error: GatewayError) -> Values:
         "error_code": storable(error.code)[:100] if error.code else None,
         "error_message": storable(error.message),
     }
-
-
-def _is_due(snapshot: Snapshot, found: Values | None) -> bool:
-    """Whether this row still has to be written, given what is in the database (None: it is not there)."""
-    if found is None:
-        # A row known to be committed that is gone went with its workspace.
-        return not snapshot.row.is_open
-    if snapshot.is_sweep:
-        return found["status"] == "open" and found["orphaned_at"] is not None
-    return snapshot.is_final and (found["status"] == "open" or bool(found["swept"]))
-
-
-def _move(totals: dict[CounterKey, Values], snapshot: Snapshot, found: Values | None) -> None:
-    values = snapshot.values
-    place = (values["created_at"], values["workspace_id"], values["api_key_id"])
-    statements.add(totals, *statements.contribution(*place, values))
-    if found is not None and found["status"] != "open":
-        statements.add(totals, *statements.contribution(*place, found), sign=-1)

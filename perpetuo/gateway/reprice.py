@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from perpetuo.db import Database
-from perpetuo.gateway import costs, statements
+from perpetuo.gateway import budgets, costs, statements
 from perpetuo.gateway.audit import AUDIT_SECONDS
 from perpetuo.gateway.ledger import Ledger
 from perpetuo.gateway.statements import COUNTED, CounterKey, Values
@@ -69,6 +69,11 @@ def _price(row: Any, overrides: dict[str, Overrides]) -> Price | None:
 
 def _write(ledger: Ledger, connection: Connection, prices: dict[str, Price]) -> int:
     """Writes the rows that still have no price, locked in the ledger's order, and moves the counters."""
+    owners = connection.execute(
+        sa.select(LOGS.c.api_key_id, LOGS.c.workspace_id).where(LOGS.c.id.in_(prices))
+    )
+    keys, workspaces = zip(*owners, strict=True)
+    budgets.recount(connection, ledger.database.now(connection), keys, workspaces)
     names = ("id", "workspace_id", "api_key_id", "created_at", "swept", "hold_nano", "usage_source")
     columns = [LOGS.c[name] for name in (*names, "cache_write_tokens", *COUNTED)]
     locked = sa.select(*columns).where(UNPRICED, LOGS.c.id.in_(prices)).order_by(LOGS.c.id)
@@ -84,5 +89,5 @@ def _write(ledger: Ledger, connection: Connection, prices: dict[str, Price]) -> 
         statements.add(totals, *statements.contribution(*place, {**row, "cost_nano": nano}))
     if written:
         connection.execute(SET, written)
-        ledger.move_counters(connection, totals)
+        ledger.books.move_counters(connection, totals)
     return len(written)

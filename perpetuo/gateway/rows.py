@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 from perpetuo.errors import GatewayError
+from perpetuo.gateway.limits import Ask, Verdict
 
 Values = dict[str, Any]
 
@@ -23,10 +24,12 @@ class Row:
         "is_taken",
         "due",
         "failure",
+        "ask",
+        "verdict",
         "_done",
     )
 
-    def __init__(self, opening: Values, outcome: Values | None = None) -> None:
+    def __init__(self, opening: Values, outcome: Values | None = None, ask: Ask | None = None) -> None:
         self.opening = opening
         self.outcome = outcome
         self.is_open = False  # committed as open
@@ -36,6 +39,8 @@ class Row:
         self.is_taken = False  # was part of a commit, be it a failed one
         self.due = 0.0
         self.failure: GatewayError | None = None
+        self.ask = ask  # what it needs of budgets and limits before it may be opened
+        self.verdict: Verdict | None = None
         self._done: threading.Event | None = None
 
     @property
@@ -51,7 +56,17 @@ class Row:
     @property
     def is_done(self) -> bool:
         """Whether the database has all that is known of it."""
-        return self.is_settled or (self.is_open and self.outcome is None)
+        return self.is_settled or (self.outcome is None and (self.is_open or self.verdict is not None))
+
+    @property
+    def decided(self) -> Verdict:
+        """What the limits say, once they have."""
+        assert self.verdict is not None
+        return self.verdict
+
+    def ask_again(self) -> None:
+        """Forgets an earlier verdict: it was not admitted, so nothing of it was written."""
+        self.verdict, self.is_taken = None, False
 
     @property
     def size(self) -> int:
@@ -72,12 +87,14 @@ class Row:
 class Snapshot:
     """A row as it stands when its batch is made: requests go on changing theirs meanwhile."""
 
-    __slots__ = ("row", "values", "is_final", "may_exist", "is_sweep")
+    __slots__ = ("row", "values", "ask", "verdict", "is_final", "may_exist", "is_sweep")
 
     def __init__(self, row: Row, *, is_sweep: bool = False) -> None:
         outcome = row.outcome
         self.row = row
         self.is_sweep = is_sweep  # written for an owner that is gone
+        self.ask = row.ask if outcome is None else None
+        self.verdict: Verdict | None = None
         self.values = row.opening if outcome is None else {**row.opening, **outcome}
         self.is_final = outcome is not None
         self.may_exist = row.is_open or row.is_uncertain

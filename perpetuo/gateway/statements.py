@@ -37,6 +37,8 @@ FIXED |= {"orphaned_at", "endpoint", "stream"}  # a settle leaves these as they 
 DEFAULTS = {"swept": False, "count": 1, "model": ""}
 # What a settled row has put into its counters, and so what a late settle must take out again.
 COUNTED = ("status", "count", "provider", "model", "served_model", *SUMS, "latency_us", "ttft_us")
+# What it took at its opening and gives back when it is settled.
+HELD = ("created_at", "hold_nano", "key_period", "workspace_period", "token_advance_us", "checks")
 
 COUNTER_KEYS = tuple(column.name for column in UsageCounter.__table__.primary_key.columns)
 COUNTER_SUMS = COUNTS + SUMS + LATENCY_BUCKETS + TTFT_BUCKETS
@@ -56,7 +58,7 @@ def upsert_rows(count: int) -> str:
 
 def select_rows(count: int, locking: str) -> str:
     """The rows of a batch that may be there already, locked in the order of their ids."""
-    names = ", ".join(("id", "swept", "orphaned_at", *COUNTED))
+    names = ", ".join(("id", "swept", "orphaned_at", *HELD, *COUNTED))
     return (
         f"select {names} from request_logs where id in ({', '.join(['%s'] * count)}) "  # noqa: S608
         f"order by id{locking}"

@@ -117,7 +117,7 @@ class Sweep:
         def settle(connection: Connection) -> int:
             finished_at = self._ledger.database.now(connection)
             snapshots = [_interrupted(values, finished_at) for values in rows]
-            return self._ledger.apply(connection, snapshots)
+            return self._ledger.books.write(connection, snapshots)
 
         return self._ledger.database.transaction(settle)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from datetime import UTC, datetime
 from socket import socket
 from time import monotonic
@@ -19,10 +19,11 @@ from perpetuo.db_errors import UNMIGRATED
 from perpetuo.errors import GatewayError, InvalidRequest, NotFound, Unavailable
 from perpetuo.gateway import costs, intake
 from perpetuo.gateway.access import Access, Caller
+from perpetuo.gateway.admission import open_row
 from perpetuo.gateway.calls import Aborted, Call, Calls
 from perpetuo.gateway.intake import Asked
 from perpetuo.gateway.journey import UNLOGGED, Answer, Journey, Refused, error_of, target_values
-from perpetuo.gateway.ledger import Ledger
+from perpetuo.gateway.ledger import Ledger, Refusal
 from perpetuo.gateway.offers import Offers
 from perpetuo.gateway.router import Router, Target
 from perpetuo.gateway.statements import Values
@@ -52,7 +53,7 @@ class Gateway:
         self.ring = KeyRing(settings.encryption_keys)
         self.access = Access(self.database)
         self.router = Router(self.database)
-        self.ledger = Ledger(self.database)
+        self.ledger = Ledger(self.database, self.access.limits_of, settings.public_url)
         self.upstream = Upstream(settings, self.ring)
         self.sweep = Sweep(self.ledger, settings.orphan_grace, self.upstream.close_expired)
         self.calls = Calls(settings.max_in_flight)
@@ -109,16 +110,20 @@ def walk(
         values |= intake.legible(fields, endpoint, keeps_bodies=keeps_bodies)
         kept = body if keeps_bodies else None
         asked = intake.check(endpoint, body, fields, headers)
-        targets = _able(endpoint, gateway.router.route(caller, asked.names))
-        row = gateway.ledger.open(caller, values | _opening(targets[0], asked))
+        targets: Sequence[Target] = _able(endpoint, gateway.router.route(caller, asked.names))
+        call.watch(client)
+        opening = values | _opening(targets[0], asked)
+        patience = gateway.settings.budget_wait
+        row, targets = open_row(gateway.ledger, call, caller, asked, targets, opening, patience)
         log_lines.request_id.set(row.id)
     except BaseException as exc:
         if call is not None:
             call.close()
+        if isinstance(exc, Aborted):
+            exc = error_of(exc)[0]
         if isinstance(exc, GatewayError):
             raise Refused(exc, _refuse(gateway, caller, exc, values, kept), {}) from exc
         raise
-    call.watch(client)
     journey = Journey(gateway.ledger, gateway.upstream, call, asked, targets, row, keeps_bodies, began)
     return _stream(journey) if asked.is_stream else _send(journey)
 
@@ -170,6 +175,8 @@ def _refuse(
 ) -> str | None:
     if error.code in UNLOGGED:
         return None
+    if isinstance(error, Refusal):
+        values["checks"] = error.checks
     try:
         return gateway.ledger.refuse(caller, error, values, body)
     except Unavailable:

@@ -208,7 +208,11 @@ class Writer:
 def _finish(snapshot: Snapshot) -> None:
     row = snapshot.row
     row.is_uncertain = False
-    if snapshot.is_final:
+    if snapshot.verdict is not None:
+        row.verdict = snapshot.verdict
+        row.is_open = snapshot.verdict.is_admitted
+        row.opening = {**row.opening, **snapshot.verdict.values}
+    elif snapshot.is_final:
         row.is_settled = True
         row.opening, row.outcome = {"id": row.id}, {}  # a stream's greenlet may keep the row for long
     else:

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     others = machine.others()
     facts = machine.facts(options.backends, options.base)
     measured: dict[str, list[Row]] = {}
-    with prepared(options.backends, options.base) as ground:
+    with prepared(options.backends, options.base, with_limits=options.limits) as ground:
         for name in options.only:
             try:
                 for row in PARTS[name](ground, plan(options)):
@@ -58,6 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     backends = among("sqlite", "postgresql")
     parser.add_argument("--backends", type=backends, default=["sqlite", "postgresql"])
     parser.add_argument("--base", help="another commit of ours, measured in the same rounds")
+    parser.add_argument("--limits", action="store_true", help="also with a key that has a budget and limits")
     parser.add_argument("--connections", type=numbers, default=[1, 16, 64])
     parser.add_argument("--streams", type=numbers, help="how many at once: 100,300,1000; quick 1000")
     parser.add_argument("--rounds", type=int, help="of plain calls and streams")

@@ -26,6 +26,7 @@ class Ground:
     fixed: list[Peer] = field(default_factory=list)
     gateways: list[Gateway] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    with_limits: bool = False
 
     def note(self, text: str) -> None:
         """Something that the reader of the figures must know; said once."""
@@ -37,17 +38,19 @@ class Ground:
         """Every peer, the gateways started anew."""
         with ExitStack() as stack:
             running = [stack.enter_context(gateway.running(self.bases)) for gateway in self.gateways]
+            if self.with_limits:
+                running += [peers.limited(peer, self.bases) for peer in running]
             yield [*self.fixed, *running]
 
 
 @contextmanager
-def prepared(backends: list[str], base: str | None) -> Iterator[Ground]:
+def prepared(backends: list[str], base: str | None, *, with_limits: bool = False) -> Iterator[Ground]:
     """Starts and migrates; takes down all that it started, however the run ends."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="perpetuo-bench-")))
         folder.chmod(0o755)  # nginx's worker is another user where we are root
         own, upstream_pid = stack.enter_context(peers.own_upstream())
-        ground = Ground(folder, upstream_pid, {})
+        ground = Ground(folder, upstream_pid, {}, with_limits=with_limits)
         _start_fixed(ground, stack, own)
         roots = {"gateway": ROOT}
         if base:

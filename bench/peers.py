@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -89,7 +89,15 @@ class Gateway:
             yield Peer(self.name, url, url, headers, server.process.pid, self.database_pid)
 
 
-def _new_key(url: str, bases: dict[str, str]) -> str:
+def limited(peer: Peer, bases: dict[str, str]) -> Peer:
+    """The same server, asked with a key that has a budget and both limits, all beyond reach."""
+    url = peer.plain_url.removesuffix("/v1/chat/completions")
+    limits = {"budget_usd": 1_000_000, "rpm_limit": 10**9, "tpm_limit": 10**9}
+    headers = {"Authorization": f"Bearer {_new_key(url, bases, **limits)}"}
+    return replace(peer, name=f"{peer.name}, limits", headers=headers)
+
+
+def _new_key(url: str, bases: dict[str, str], **limits: int) -> str:
     """An API key whose models are served by these upstreams, made as a program would make it."""
     account = {"email": f"bench-{time.time_ns()}@example.com", "password": os.urandom(12).hex()}
     signed_up = _post(f"{url}/auth/signup", account, "")
@@ -97,7 +105,7 @@ def _new_key(url: str, bases: dict[str, str]) -> str:
     for model, base_url in bases.items():
         key = {"provider": "openai", "api_key": "sk-bench", "base_url": base_url, "models": [model]}
         _post(f"{workspace}/providers", key, signed_up["token"])
-    return _post(f"{workspace}/api-keys", {"name": "bench"}, signed_up["token"])["key"]
+    return _post(f"{workspace}/api-keys", {"name": "bench", **limits}, signed_up["token"])["key"]
 
 
 def _post(url: str, body: dict, token: str) -> dict:

@@ -46,7 +46,7 @@ def test_a_part_that_breaks_is_noted_and_the_others_go_on(run, monkeypatch, tmp_
     def whole(*_):
         yield {"peer": "gateway sqlite", "load": 2, "round": 0, "start s": 0.5, "failed": 0}
 
-    monkeypatch.setattr(bench, "prepared", lambda *_: nullcontext(Ground(tmp_path, 0, {})))
+    monkeypatch.setattr(bench, "prepared", lambda *_, **__: nullcontext(Ground(tmp_path, 0, {})))
     monkeypatch.setattr(bench, "PARTS", {"plain": broken, "start": whole})
     printed, written = run()
     assert "NOTE: plain was not measured to its end: no such thing" in printed

@@ -8,7 +8,6 @@ summed anew at each look until then (`recount_until`).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import astuple
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -58,7 +57,7 @@ class Accounts:
         self.keys = self._lock("api_key", keys)
         self.workspaces = self._lock("workspace", workspaces)
         self.now = database.now(connection)
-        self._before = {id(account): astuple(account) for account in self._all()}
+        self._before = {id(account): account.state() for account in self._all()}
         for account in self._all():
             if account.recount_until is not None and account.budget_nano is not None:
                 self._recount(account)
@@ -97,7 +96,7 @@ class Accounts:
     def write(self) -> None:
         """Writes back what has changed."""
         for account in self._all():
-            if astuple(account) != self._before[id(account)]:
+            if account.state() != self._before[id(account)]:
                 self._write(account)
 
     def _write(self, account: Account) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal
 
 from perpetuo.errors import GatewayError, RateLimited
@@ -56,6 +57,17 @@ class Account:
     tpm_limit: int | None = None
     rpm_full_at: datetime | None = None
     tpm_full_at: datetime | None = None
+
+    def state(self) -> tuple[object, ...]:
+        """All of it that a transaction may change."""
+        return (
+            self.spent_nano,
+            self.held_nano,
+            self.period_start,
+            self.recount_until,
+            self.rpm_full_at,
+            self.tpm_full_at,
+        )
 
     @property
     def free_nano(self) -> int:
@@ -186,15 +198,21 @@ def _hold(accounts: list[Account], ask: Ask, now: datetime, verdict: Verdict) ->
     return None
 
 
+@lru_cache(64)
+def _reset_of(period: str, start: datetime) -> str | None:
+    ends_at = period_end(period, start)
+    return rfc3339(ends_at) if ends_at else None
+
+
 def _check(account: Account, this: int) -> dict[str, Any]:
-    ends_at = _end(account)
+    assert account.period_start is not None  # a budget that has taken its turn
     return {
         "limit": f"{account.kind}_budget",
         "spent": account.spent_nano,
         "held": account.held_nano,
         "this": this,
         "allowed": account.budget_nano,
-        "resets_at": rfc3339(ends_at) if ends_at else None,
+        "resets_at": _reset_of(account.period, account.period_start),
         "ok": this <= account.available_nano,
     }
 

@@ -35,6 +35,9 @@ JSON = {c.name for c in RequestLog.__table__.columns if isinstance(c.type, Json)
 FIXED = {"id", "workspace_id", "api_key_id", "api_key_name", "owner", "created_at"}
 FIXED |= {"orphaned_at", "endpoint", "stream"}  # a settle leaves these as they are
 DEFAULTS = {"swept": False, "count": 1, "model": ""}
+DEFAULTED = [(COLUMNS.index(name), default) for name, default in DEFAULTS.items()]
+TIMED = [place for place, name in enumerate(COLUMNS) if name in TIMES]
+SPELLED = [place for place, name in enumerate(COLUMNS) if name in JSON]  # as JSON
 # What a settled row has put into its counters, and so what a late settle must take out again.
 COUNTED = ("status", "count", "provider", "model", "served_model", *SUMS, "latency_us", "ttft_us")
 # What it took at its opening and gives back when it is settled.
@@ -76,19 +79,19 @@ def upsert_counters(count: int) -> str:
 
 def row_parameters(database: Database, values: Values) -> list[Any]:
     """The parameters of one row, in the order of COLUMNS."""
-    return [_parameter(database, name, values.get(name, DEFAULTS.get(name))) for name in COLUMNS]
-
-
-def _parameter(database: Database, name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if name in TIMES:
-        return database.time(value)
-    if name in JSON:
-        if isinstance(value, Price):
-            return value.text
-        return orjson.dumps(value).decode()
-    return value
+    row: list[Any] = list(map(values.get, COLUMNS))
+    for place, default in DEFAULTED:
+        if row[place] is None:
+            row[place] = default
+    for place in TIMED:
+        moment = row[place]
+        if moment is not None:
+            row[place] = database.time(moment)
+    for place in SPELLED:
+        value = row[place]
+        if value is not None:
+            row[place] = value.text if isinstance(value, Price) else orjson.dumps(value).decode()
+    return row
 
 
 def counter_parameters(database: Database, key: CounterKey, sums: Values) -> list[Any]:

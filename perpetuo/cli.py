@@ -15,13 +15,14 @@ from flask.cli import with_appcontext
 from perpetuo import accounts, checks, made_secrets
 from perpetuo.errors import GatewayError
 from perpetuo.gateway import audit, retention
+from perpetuo.gateway.rekey import rekey
 from perpetuo.gateway.reprice import reprice
 from perpetuo.gateway.walk import Gateway
 
 
 def init_app(app: Flask) -> None:
     """Adds the commands to `flask --app wsgi`."""
-    for command in (print_secrets, user, doctor, sweep, prune, audit_books):
+    for command in (print_secrets, user, doctor, rekey_secrets, sweep, prune, audit_books):
         app.cli.add_command(command)
 
 
@@ -98,6 +99,19 @@ def doctor() -> None:
         sys.exit(1)
     kind = "SQLite" if gateway.database.is_sqlite else "PostgreSQL"
     click.echo(f"All is well: {kind} is reached and migrated, every encryption key opens what it sealed.")
+
+
+@click.command("rekey")
+@_told
+def rekey_secrets() -> None:
+    """Seal every provider key anew under the newest of ENCRYPTION_KEYS; older ones can be dropped then."""
+    gateway = _gateway()
+    moved, unreadable = rekey(gateway.database, gateway.ring)
+    click.echo(f"{moved} provider keys are sealed anew under '{gateway.ring.newest}'.")
+    for id in unreadable:
+        click.echo(f"{id} cannot be opened by any key: its owner must enter it again.", err=True)
+    if unreadable:
+        sys.exit(1)
 
 
 @click.command("sweep")

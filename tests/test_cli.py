@@ -7,8 +7,9 @@ import pytest
 import sqlalchemy as sa
 
 from perpetuo.config import ROOT
+from perpetuo.crypto import KeyRing
 from perpetuo.gateway.ledger import Ledger
-from perpetuo.models import RequestLog, UsageCounter, Workspace
+from perpetuo.models import ProviderKey, RequestLog, UsageCounter, Workspace
 from tests.gateway.test_ledger import CALLER, OK, OPENING, die
 from tests.tenants import new_tenant
 
@@ -121,3 +122,31 @@ def test_prune_takes_what_a_deleted_workspace_left_behind(run, gateway):
 
 def days_ago(days):
     return datetime.now(UTC) - timedelta(days=days)
+
+
+def test_rekey_seals_under_the_newest_key_what_older_ones_had_sealed(run, app, gateway, monkeypatch):
+    tenant = new_tenant(gateway)
+    ids = [tenant.add_provider_key("https://api.openai.com/v1", f"sk-{n}") for n in range(3)]
+    old = gateway.settings.encryption_keys
+    monkeypatch.setattr(gateway, "ring", KeyRing((("new", b"n" * 32), *old)))
+    assert run("rekey").output == "3 provider keys are sealed anew under 'new'.\n"
+    assert run("rekey").output == "0 provider keys are sealed anew under 'new'.\n"
+    alone = KeyRing((("new", b"n" * 32),))
+    stored = gateway.database.read(
+        lambda c: dict(iter(c.execute(sa.select(ProviderKey.id, ProviderKey.sealed))))
+    )
+    opened = [
+        alone.open(stored[id], "provider_key", tenant.workspace_id, id, "https://api.openai.com/v1")
+        for id in ids
+    ]
+    assert opened == ["sk-0", "sk-1", "sk-2"]
+
+
+def test_rekey_names_what_no_key_opens(run, gateway):
+    lost = new_tenant(gateway).add_provider_key("https://api.openai.com/v1")
+    gateway.database.transaction(
+        lambda c: c.execute(sa.text("update provider_keys set sealed = 'v1.old.AAAA'"))
+    )
+    found = run("rekey")
+    assert found.exit_code == 1
+    assert lost in found.output + found.stderr

@@ -21,9 +21,13 @@ from perpetuo.gateway.plan import Plan, Rests
 from perpetuo.gateway.router import Key, Target
 from perpetuo.providers import catalog
 from perpetuo.providers.base import Answer, ChunkReader, ModelRequest, Provider
+from perpetuo.providers.jsonbody import is_bomb
+from perpetuo.providers.sse import MAX_EVENT_BYTES
 
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 MAX_ERROR_BYTES = 1024 * 1024
+MAX_LIST_BYTES = 8 * 1024 * 1024
+MAX_SILENT_BYTES = MAX_EVENT_BYTES + 1024 * 1024  # of a stream, with nothing in them for the client
 KEEP_ALIVE_SECONDS = 15.0  # reverse proxies cut what is silent for a minute
 LIST_SECONDS = 10.0
 
@@ -89,6 +93,8 @@ class Upstream:
             self._refuse_errors(exchange, adapter, secret)
             body = exchange.read_all(MAX_ANSWER_BYTES)
             exchange.finish()
+            if is_bomb(body):
+                raise UpstreamError("The upstream's answer has too many parts.")
             return adapter.read_answer(request, body, secret=secret)
 
     def stream(
@@ -117,7 +123,7 @@ class Upstream:
                 exchange.send()
                 exchange.await_head(None)
                 self._refuse_errors(exchange, adapter, secret)
-                models = adapter.read_models(exchange.read_all(MAX_ANSWER_BYTES))
+                models = adapter.read_models(exchange.read_all(MAX_LIST_BYTES))
                 exchange.finish()
         except UpstreamError as exc:
             error = exc.message
@@ -235,7 +241,7 @@ class Stream:
                 yield None
                 self._spoke()
             self._upstream._refuse_errors(exchange, adapter, secret)
-            seen = 0
+            seen = silent_bytes = 0
             while not reader.is_done:
                 if exchange.wait(self._quiet_until - monotonic()):
                     piece = exchange.read()
@@ -250,8 +256,13 @@ class Stream:
                         # The time that the client took to read is not the upstream's silence.
                         call.allow(settings.idle_timeout, "idle")
                         self._spoke()
+                        silent_bytes = 0
                         call.breathe()
                         continue
+                    silent_bytes += len(piece)
+                    if silent_bytes > MAX_SILENT_BYTES:
+                        raise UpstreamError("The upstream talked on and on without an answer.")
+                    call.breathe()
                 if monotonic() >= self._quiet_until:
                     yield None
                     self._spoke()
@@ -266,6 +277,8 @@ def _move_on(call: Call, plan: Plan, error: GatewayError) -> None:
     seconds = plan.after(error)
     if call.total_until - monotonic() <= seconds:
         raise error
+    # It stays among the attempts, and its frames would keep the answer that was none: up to 64 MiB each.
+    error.__traceback__ = error.__cause__ = error.__context__ = None
     call.pause(seconds)
 
 

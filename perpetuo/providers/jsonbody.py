@@ -31,6 +31,11 @@ def _nested(levels: int) -> bytes:
     return rb'[^"\[\]{}]*+(?:' + inner + rb'[^"\[\]{}]*+)*+'
 
 
+# An answer with 20 logprobs a token reaches the first after 24,000 tokens, 2,600 embeddings the second.
+LONG = 1024 * 1024
+MOST_BRACKETS = 1_000_000
+MOST_COMMAS = 4_000_000
+
 _OPENING = re.compile(_SPACE + rb"\{" + _SPACE)
 _KEY_PATTERN = _SPACE + rb"(" + _STRING + rb")" + _SPACE + rb":" + _SPACE
 _KEY = re.compile(_KEY_PATTERN + rb"[\[{]", re.DOTALL)
@@ -59,6 +64,14 @@ def read_json(body: bytes) -> Any:
         return json.loads(body.decode(), parse_constant=_refuse, parse_float=_finite_float)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
+
+
+def is_bomb(body: bytes) -> bool:
+    """Whether parsing an upstream's `body` would take gigabytes, and seconds in which nobody else is served:
+    64 MiB may hold twenty million empty lists."""
+    if len(body) <= LONG:
+        return False
+    return body.count(b"[") + body.count(b"{") > MOST_BRACKETS or body.count(b",") > MOST_COMMAS
 
 
 def _refuse(number: str) -> NoReturn:

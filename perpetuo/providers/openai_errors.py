@@ -143,8 +143,17 @@ def _read_body(body: bytes) -> Words:
     try:
         return read_words(read_json(body))
     except ValueError:
-        text = body.decode("utf-8", "replace").strip()
-        return Words() if text.startswith("<") else Words(text or None)
+        return Words(_plain(body))
+
+
+def _plain(body: bytes) -> str | None:
+    """A body of text; nothing where it is a page, or bytes that say nothing to anyone."""
+    try:
+        text = body.decode().strip()
+    except UnicodeDecodeError:
+        return None
+    is_readable = not text.startswith("<") and "".join(text.split()).isprintable()
+    return text if text and is_readable else None
 
 
 def read_words(fields: object) -> Words:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import orjson
 
 from perpetuo.errors import UpstreamError
+from perpetuo.providers.jsonbody import is_bomb
 
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 
@@ -106,6 +107,8 @@ class EventSplitter:
 
     def _end_event(self, events: list[Event]) -> None:
         data = self._data[0] if len(self._data) == 1 else b"\n".join(self._data)
+        if is_bomb(data):
+            raise UpstreamError("The upstream sent an event with too many parts.")
         if data and not data.isspace():
             events.append(Event(self._name, data))
         self._data = []

@@ -6,6 +6,9 @@ from pathlib import Path
 exec(compile(Path("gunicorn.conf.py").read_text(), "gunicorn.conf.py", "exec"))
 
 from perpetuo import forms  # noqa: E402 - not before the first lines of the other have patched
-from perpetuo.gateway import clients, walk  # noqa: E402
+from perpetuo.gateway import clients, upstream, walk  # noqa: E402
 
-clients.WRITE_SECONDS = walk.BODY_SECONDS = forms.BODY_SECONDS = float(os.environ["HASTY_SECONDS"])
+if "HASTY_SECONDS" in os.environ:
+    clients.WRITE_SECONDS = walk.BODY_SECONDS = forms.BODY_SECONDS = float(os.environ["HASTY_SECONDS"])
+if "KEEP_ALIVE_SECONDS" in os.environ:
+    upstream.KEEP_ALIVE_SECONDS = float(os.environ["KEEP_ALIVE_SECONDS"])

@@ -1,8 +1,10 @@
 """Many clients of several processes against one budget: it is used to its last call, and never overshot."""
 
 import asyncio
+import json
 import os
 import random
+import socket
 import time
 from contextlib import contextmanager
 
@@ -15,10 +17,10 @@ from perpetuo.gateway.audit import differences
 from perpetuo.gateway.ledger import Ledger
 from perpetuo.gateway.sweep import Sweep
 from perpetuo.models import ApiKey, RequestLog, Workspace
-from tests.crowd import ask, rush
-from tests.fake_upstream import FakeUpstream, completion, stream
+from tests.crowd import CHAT, ask, rush
+from tests.fake_upstream import FakeUpstream, completion, hang, stream
 from tests.people import Person
-from tests.serving import Serving
+from tests.serving import Serving, wait_until
 
 CLIENTS = 400  # two hundred for each of two processes
 CALLS = 10
@@ -128,6 +130,27 @@ def test_a_killed_process_overshoots_nothing_and_leaves_nothing_held(town):
         )  # what is left can still be used, and no more
         assert accounts(database)[0] == (BUDGET, 0)
         assert spent + sum(answer.status == 200 for answer in more) * NANO == BUDGET
+    assert differences(database) == []
+
+
+def test_who_leaves_while_waiting_for_held_money_is_let_go(town):
+    with town(hang(), PERPETUO_BUDGET_WAIT="60") as (server, owner, upstream, database):
+        key = owner.api_key(budget_usd=NANO / 10**9)
+        body = json.dumps({**CHAT, "max_tokens": MAXIMUM})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key['key']}\r\n"
+        call = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address) as holder:
+            holder.sendall(call)
+            wait_until(lambda: upstream.requests)
+            with socket.create_connection(address) as waiter:
+                waiter.sendall(call)
+                wait_until(lambda: accounts(database) == [(0, NANO)])
+                assert rows(database, "status") == [("open",)]
+            wait_until(lambda: ("client_closed", 0) in rows(database, "status", "cost_nano"))
+            assert accounts(database) == [(0, NANO)]
+        wait_until(lambda: accounts(database) == [(0, 0)])
+        assert len(upstream.requests) == 1
     assert differences(database) == []
 
 

@@ -29,7 +29,7 @@ FLOORS = [
 BLUEPRINTS = {"gateway.routes": 1, "auth": 2, "logs": 3, "workspaces": 4, "api_keys": 4, "provider_keys": 4}
 FENCES = {
     "requests": set(),
-    "urllib3": {"gateway.exchange", "gateway.network"},
+    "urllib3": {"gateway.network"},
     "cryptography": {"crypto"},
     "gevent": {"gateway.calls", "gateway.clients", "engines", "native", "pulse"},
     "perpetuo.db.db": {""},

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import ipaddress
 import select
 import socket
@@ -14,7 +15,17 @@ from cryptography.x509.oid import NameOID
 
 from perpetuo.gateway import upstream as upstream_module
 from tests.conftest import BACKENDS
-from tests.fake_upstream import LoopbackServer, hang, headers_then_hang, stale, stall_after, status, stream
+from tests.fake_upstream import (
+    LoopbackServer,
+    event,
+    hang,
+    headers_then_hang,
+    stale,
+    stall_after,
+    status,
+    stream,
+)
+from tests.fault_upstream import LAST, chunk
 from tests.gateway.test_chat import text_of
 from tests.gateway.test_leaving import SOON
 from tests.house import House, Visitor, new_database
@@ -108,6 +119,10 @@ def settings(settings):
     return dataclasses.replace(settings, first_byte_timeout=3.0)
 
 
+def words(text):
+    return event({"id": "c", "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]})
+
+
 @pytest.fixture
 def talkative(monkeypatch):
     monkeypatch.setattr(upstream_module, "KEEP_ALIVE_SECONDS", 0.05)
@@ -166,6 +181,28 @@ def test_what_comes_after_comments_is_whole(trusted, talkative, ask, upstream, f
         assert text_of(response) == "Hello world"
     assert front.connections == 1
     assert [row["status"] for row in logs()] == ["ok"] * 2
+
+
+def test_what_tls_has_unpacked_already_is_not_waited_for(trusted, ask, upstream, monkeypatch):
+    # The reader's buffer ends with the first chunk; the rest of its record no socket announces.
+    room = io.DEFAULT_BUFFER_SIZE - len(chunk(words("x" * 8000))) + 8000
+    first, rest = chunk(words("x" * room)), chunk(LAST)
+    assert len(first) == io.DEFAULT_BUFFER_SIZE
+
+    def reply(exchange):
+        exchange.start(200, {"Content-Type": "text/event-stream"})
+        exchange.wait(0.2)
+        exchange.send(first + rest)
+        exchange.wait()
+
+    monkeypatch.setattr(upstream_module, "KEEP_ALIVE_SECONDS", 1.0)
+    upstream.reply = reply
+    response = ask(stream=True)
+    pieces = response.iter_encoded()
+    assert next(pieces).endswith(b"\n\n")
+    assert b"stop" in next(pieces)
+    assert next(pieces) == DONE
+    response.close()
 
 
 @pytest.mark.parametrize("is_stream", [False, True], ids=["plain", "stream"])
